@@ -1,0 +1,1 @@
+"""Megatron-BERT and original BERT as one encoder on packed tokens, with its heads."""

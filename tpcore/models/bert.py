@@ -1,0 +1,248 @@
+"""The BERT encoder: embeddings, blocks, final norm, pooler, and a head on top."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tpcore.kernels import bias_dropout_residual
+from tpcore.layers.block import TransformerBlock
+from tpcore.layers.embedding import VocabParallelEmbedding
+from tpcore.layers.norm import LayerNorm
+from tpcore.models.config import BertConfig, padded_vocab_size_for
+from tpcore.models.heads import Head
+from tpcore.models.output import BertOutput
+from tpcore.models.packing import PackedBatch, pack, unpack
+from tpcore.parallel.group import TensorParallelGroup
+from tpcore.parallel.random import DropoutContext, Site, dropout_stream
+from tpcore.parallel.sharding import Sharding, sharding_table
+
+
+class BertModel(nn.Module):
+    """A tensor-parallel BERT on packed tokens (arXiv 1810.04805; arXiv 1909.08053, figure 7).
+
+    Megatron-BERT (pre-layernorm) and original BERT (`post_layernorm`) are the same module: the
+    embedding norm of BERT is the input norm of block 0, its output norm of block i the input norm
+    of block i + 1, its last one the final norm.
+
+    With `tp` of more than one rank every rank builds this model and calls it with the same batch;
+    weights are drawn whole from torch's default generator and then sharded, so equal seeds on all
+    ranks give the same model at every size.
+    """
+
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        tp: TensorParallelGroup | None = None,
+        head: Head | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        tp = TensorParallelGroup.single() if tp is None else tp
+        self.config = config
+        self.tp = tp
+        self.embeddings = Embeddings(config, tp=tp, device=device, dtype=dtype)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                config.hidden_size,
+                config.num_attention_heads,
+                config.feed_forward_size,
+                layer_number=i,
+                tp=tp,
+                layernorm_eps=config.layernorm_eps,
+                gelu=config.gelu,
+                hidden_dropout=config.hidden_dropout,
+                attention_dropout=config.attention_dropout,
+                post_layernorm=config.post_layernorm,
+                input_dropout=config.embedding_dropout_after_norm and i == 0,
+                num_layers=config.num_layers,
+                init_std=config.init_std,
+                device=device,
+                dtype=dtype,
+            )
+            for i in range(config.num_layers)
+        )
+        self.final_norm = LayerNorm(
+            config.hidden_size, config.layernorm_eps, device=device, dtype=dtype
+        )
+        self.pooler = Pooler(config, device=device, dtype=dtype) if config.add_pooler else None
+        self.head = head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Any = None,
+        *,
+        sample_ids: Tensor | None = None,
+        seed: Tensor | int | None = None,
+    ) -> BertOutput:
+        """Encode a padded batch.
+
+        Args:
+            input_ids: int [b, s].
+            attention_mask: [b, s], nonzero = attend; None: all tokens are real.
+            token_type_ids: int [b, s]; None: zeros.
+            labels: what the head asks for; None: no loss.
+            sample_ids: int64 [b], the samples' names in the dropout key; None: 0 .. b-1.
+            seed: seeds the dropout of this call in training, the same on every rank of `tp`;
+                None: drawn from torch's default CPU generator.
+        """
+        packed = pack(input_ids, attention_mask, token_type_ids, sample_ids)
+        if labels is not None and self.head is not None and self.head.labels_are_per_token:
+            labels = _pack_labels(labels, packed)
+        output = self.forward_packed(packed, labels, seed)
+        return _unpack_output(output, packed, self.head)
+
+    def forward_packed(
+        self, packed: PackedBatch, labels: Any = None, seed: Tensor | int | None = None
+    ) -> BertOutput:
+        """Encode packed tokens; per-token results stay packed, `[t, ...]`."""
+        if labels is not None and self.head is None:
+            raise ValueError("labels were given, but this model has no head; build it with one")
+        dropout = self._dropout_context(packed, seed)
+        x = self.embeddings(packed, dropout)
+        for block in self.blocks:
+            x = block(x, packed.sequences, dropout)
+        x = self.final_norm(x)
+        pooled = None if self.pooler is None else self.pooler(x[packed.first_tokens])
+        output = BertOutput(last_hidden_state=x, pooler_output=pooled)
+        if self.head is None:
+            return output
+        return self.head(output, packed, labels, dropout, self.embeddings.word_embeddings)
+
+    def sharding_table(self) -> dict[str, Sharding]:
+        """How each parameter is split over the tensor-parallel ranks, by name."""
+        return sharding_table(self)
+
+    def _dropout_context(
+        self, packed: PackedBatch, seed: Tensor | int | None
+    ) -> DropoutContext | None:
+        if not self.training:
+            return None
+        if seed is None:
+            seed = torch.randint(2**62, (1,))
+        if not isinstance(seed, Tensor):
+            seed = torch.tensor([seed], dtype=torch.int64)
+        device = packed.row_ids.device
+        return DropoutContext(seed=seed.reshape(1).to(device), row_ids=packed.row_ids)
+
+
+class Embeddings(nn.Module):
+    """word + position + token type, then dropout unless the first norm comes before it."""
+
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        tp: TensorParallelGroup,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        hidden, std = config.hidden_size, config.init_std
+        self.dropout = 0.0 if config.embedding_dropout_after_norm else config.hidden_dropout
+        self.stream = dropout_stream(config.num_layers, Site.EMBEDDING)
+        self.word_embeddings = VocabParallelEmbedding(
+            config.vocab_size,
+            hidden,
+            tp=tp,
+            padded_num_embeddings=config.padded_vocab_size
+            or padded_vocab_size_for(config.vocab_size, tp.size),
+            init_method=lambda weight: nn.init.normal_(weight, std=std),
+            device=device,
+            dtype=dtype,
+        )
+        self.position_embeddings = _table(
+            config.max_position_embeddings, hidden, std, device, dtype
+        )
+        self.token_type_embeddings = (
+            _table(config.num_token_types, hidden, std, device, dtype)
+            if config.num_token_types
+            else None
+        )
+
+    def forward(self, packed: PackedBatch, dropout: DropoutContext | None) -> Tensor:
+        positions = self.position_embeddings.num_embeddings
+        longest = max(packed.sequences.lengths)
+        if longest > positions:
+            raise ValueError(
+                f"a sequence of {longest} tokens exceeds max_position_embeddings={positions}; "
+                "truncate it or split it into windows"
+            )
+        x = self.word_embeddings(packed.input_ids)
+        x = x + F.embedding(packed.position_ids, self.position_embeddings.weight)
+        if self.token_type_embeddings is not None:
+            x = x + F.embedding(packed.token_type_ids, self.token_type_embeddings.weight)
+        if dropout is None or self.dropout == 0:
+            return x
+        return bias_dropout_residual(
+            x, p=self.dropout, seed=dropout.seed, stream=self.stream, row_ids=dropout.row_ids
+        )
+
+
+class Pooler(nn.Module):
+    """`tanh(x W^T + b)` on the first token of each sequence."""
+
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        hidden = config.hidden_size
+        weight = torch.empty(hidden, hidden).normal_(std=config.init_std)
+        self.dense = nn.Linear(hidden, hidden, device="meta", dtype=dtype)
+        self.dense.weight = nn.Parameter(weight.to(device=device, dtype=dtype))
+        self.dense.bias = nn.Parameter(torch.zeros(hidden, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.dense(x))
+
+
+def _table(
+    rows: int,
+    columns: int,
+    std: float,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Embedding:
+    weight = torch.empty(rows, columns).normal_(std=std).to(device=device, dtype=dtype)
+    return nn.Embedding.from_pretrained(weight, freeze=False)
+
+
+def _pack_labels(labels: Any, packed: PackedBatch) -> Any:
+    if isinstance(labels, tuple):
+        return (_pack_labels(labels[0], packed), *labels[1:])
+    if labels.shape != packed.shape:
+        raise ValueError(
+            f"labels has shape {list(labels.shape)}; expected that of input_ids, "
+            f"{list(packed.shape or ())}"
+        )
+    return labels.reshape(-1)[packed.padded_index]
+
+
+def _unpack_output(output: BertOutput, packed: PackedBatch, head: Head | None) -> BertOutput:
+    per_token = ["last_hidden_state", "prediction_logits"]
+    if head is not None and head.logits_are_per_token:
+        per_token.append("logits")
+    changes: dict[str, Tensor] = {}
+    for name in per_token:
+        value = getattr(output, name)
+        if value is not None:
+            changes[name] = unpack(value, packed)
+    for name in ("start_logits", "end_logits"):
+        value = getattr(output, name)
+        if value is not None:
+            padding = unpack(torch.ones_like(packed.row_ids), packed) == 0
+            changes[name] = unpack(value, packed).masked_fill(padding, -torch.inf)
+    return dataclasses.replace(output, **changes)

@@ -1,0 +1,157 @@
+"""Padded `[b, s]` batches to packed tokens `[t]` and back.
+
+The encoder runs on packed tokens: the real tokens of all sequences, one after the other, with
+the boundaries beside them. Padding exists only at the border, for callers who want rectangles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tpcore.layers.attention import PackedSequences
+from tpcore.parallel.random import make_row_ids
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """The tokens of a batch without padding, sequence after sequence.
+
+    `row_ids` names each token globally, by (sample, position): dropout bits are keyed by it, so
+    they do not depend on how a batch was packed, split or ordered.
+    """
+
+    input_ids: Tensor  # int64 [t]
+    token_type_ids: Tensor  # int64 [t]
+    position_ids: Tensor  # int64 [t]
+    row_ids: Tensor  # int64 [t]
+    sequences: PackedSequences
+    shape: tuple[int, int] | None = None
+    """(b, s) of the rectangle this came from, None when it never was one."""
+    padded_index: Tensor | None = None
+    """int64 [t]: where each token stands in the flattened rectangle."""
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    @property
+    def first_tokens(self) -> Tensor:
+        """int64 [b]: the packed index of each sequence's first token."""
+        return self.sequences.cu_seqlens[:-1].long()
+
+
+def pack(
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    sample_ids: Tensor | None = None,
+) -> PackedBatch:
+    """Drop the padding of a rectangular batch.
+
+    Args:
+        input_ids: int [b, s].
+        attention_mask: [b, s], nonzero = a real token; None: all are real. Padding may stand
+            anywhere in a row; a token keeps the position of its column.
+        token_type_ids: int [b, s]; None: zeros.
+        sample_ids: int64 [b], names of the samples for the dropout key; None: 0 .. b-1.
+
+    Raises:
+        ValueError: shapes do not match, or a row of `attention_mask` has no token.
+    """
+    if input_ids.dim() != 2:
+        raise ValueError(
+            f"input_ids has shape {list(input_ids.shape)}; expected [batch, sequence]: "
+            "add a batch dimension with input_ids[None]"
+        )
+    batch, length = input_ids.shape
+    for name, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; expected that of input_ids, "
+                f"{list(input_ids.shape)}"
+            )
+    device = input_ids.device
+    if attention_mask is None:
+        real = torch.ones(batch, length, dtype=torch.bool, device=device)
+    else:
+        real = attention_mask != 0
+    lengths = real.sum(dim=1).tolist()
+    if 0 in lengths:
+        raise ValueError(
+            f"attention_mask row {lengths.index(0)} has no token; drop that row from the batch"
+        )
+    padded_index = real.reshape(-1).nonzero().squeeze(1)
+    rows, positions = padded_index // length, padded_index % length
+    if sample_ids is None:
+        sample_ids = torch.arange(batch, device=device)
+    types = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+    return PackedBatch(
+        input_ids=input_ids.reshape(-1)[padded_index].long(),
+        token_type_ids=types.reshape(-1)[padded_index].long(),
+        position_ids=positions,
+        row_ids=make_row_ids(sample_ids.to(device)[rows], positions),
+        sequences=PackedSequences.from_lengths(lengths, device),
+        shape=(batch, length),
+        padded_index=padded_index,
+    )
+
+
+def pack_sequences(
+    input_ids: Sequence[Sequence[int]],
+    token_type_ids: Sequence[Sequence[int]] | None = None,
+    sample_ids: Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+) -> PackedBatch:
+    """Pack lists of token ids; the batch never is a rectangle.
+
+    Args:
+        input_ids: one list of ids for each sequence, none of them empty.
+        token_type_ids: lists of the same lengths; None: zeros.
+        sample_ids: one integer for each sequence, its name in the dropout key; None: 0, 1, ...
+
+    Raises:
+        ValueError: no sequence, an empty one, or lengths that differ.
+    """
+    lengths = [len(ids) for ids in input_ids]
+    if not lengths or 0 in lengths:
+        what = f"sequence {lengths.index(0)} is empty" if lengths else "there is no sequence"
+        raise ValueError(f"input_ids: {what}; every sequence needs at least one token")
+    if token_type_ids is None:
+        flat_types = torch.zeros(sum(lengths), dtype=torch.int64)
+    else:
+        type_lengths = [len(ids) for ids in token_type_ids]
+        if type_lengths != lengths:
+            raise ValueError(
+                f"token_type_ids has lengths {type_lengths}; expected those of input_ids, {lengths}"
+            )
+        flat_types = torch.tensor([i for ids in token_type_ids for i in ids], dtype=torch.int64)
+    samples = torch.arange(len(lengths)) if sample_ids is None else torch.tensor(list(sample_ids))
+    if samples.shape[0] != len(lengths):
+        raise ValueError(f"sample_ids has {samples.shape[0]} entries for {len(lengths)} sequences")
+    counts = torch.tensor(lengths)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    row_ids = make_row_ids(samples.repeat_interleave(counts), positions)
+    flat_ids = torch.tensor([i for ids in input_ids for i in ids], dtype=torch.int64)
+    return PackedBatch(
+        input_ids=flat_ids.to(device),
+        token_type_ids=flat_types.to(device),
+        position_ids=positions.to(device),
+        row_ids=row_ids.to(device),
+        sequences=PackedSequences.from_lengths(lengths, torch.device(device or "cpu")),
+    )
+
+
+def unpack(x: Tensor, packed: PackedBatch) -> Tensor:
+    """Packed `[t, ...]` back to the rectangle `[b, s, ...]`, with zeros at padding.
+
+    Raises:
+        ValueError: `packed` did not come from a rectangle.
+    """
+    if packed.shape is None or packed.padded_index is None:
+        raise ValueError("this batch was packed from lists and has no rectangle to return to")
+    batch, length = packed.shape
+    flat = x.new_zeros(batch * length, *x.shape[1:])
+    return flat.index_copy(0, packed.padded_index, x).reshape(batch, length, *x.shape[1:])
