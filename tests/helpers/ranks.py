@@ -1,16 +1,17 @@
 """Run a test body on several ranks, in a pool of processes that lives as long as the test session.
 
-    def _check_something(tp, hidden_size):              # module-level; tp is a TensorParallelGroup of the asked size
+    def _check_something(tp, hidden_size):      # module-level; tp: TensorParallelGroup of that size
         assert ...
 
     @pytest.mark.parametrize("size", [1, 2, 4])
     def test_something(size):
         run_ranks(_check_something, size, 64)
 
-Starting ranks costs seconds (nearly all of it is ``import torch``), so four of them are started once and given
-(function, arguments) over a pipe. The rank that failed first is the one reported: when it dies, the others usually fail
-too, with a "connection closed" that hides the cause. After a failure or a timeout the pool is killed; the next call
-starts a new one. The rendezvous is a file, so no port is used.
+Starting ranks costs seconds (nearly all of it is ``import torch``), so four of them are started
+once and given (function, arguments) over a pipe. The rank that failed first is the one reported:
+when it dies, the others usually fail too, with a "connection closed" that hides the cause. After a
+failure or a timeout the pool is killed; the next call starts a new one. The rendezvous is a file,
+so no port is used.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ import pytest
 POOL_SIZE = 4
 TIMEOUT_S = 180.0
 START_TIMEOUT_S = 180.0
-# After one rank has failed, how long the others may take to report: their clocks decide which was first.
+# How long the others may take to report after one rank has failed: clocks decide who was first.
 _GRACE_S = 2.0
 
 
@@ -50,7 +51,7 @@ def run_ranks(
     """Call ``function(tp, *args)`` on ``size`` ranks; the results in rank order.
 
     Args:
-        function: a module-level function; ``tp`` is its TensorParallelGroup (``single()`` for size 1).
+        function: a module-level function; ``tp`` is its TensorParallelGroup, single() for size 1.
         size: 1, 2 or 4.
         args: anything that pickles; every rank gets its own copy.
         timeout_s: after so long the ranks are killed and the test fails.
@@ -65,7 +66,7 @@ def run_mesh(
     *args: Any,
     timeout_s: float = TIMEOUT_S,
 ) -> list[Any]:
-    """Call ``function(tp, dp, *args)`` on tp_size * dp_size ranks (at most 4); consecutive ranks share a tp group."""
+    """Call ``function(tp, dp, *args)`` on a mesh of tp_size * dp_size ranks, at most 4."""
     return _run(function, tp_size, dp_size, args, timeout_s)
 
 
@@ -157,7 +158,8 @@ def _run(
     size = tp_size * (dp_size or 1)
     if size > POOL_SIZE or tp_size not in (1, 2, 4) or (dp_size or 1) not in (1, 2, 4):
         raise ValueError(
-            f"tp_size={tp_size}, dp_size={dp_size}: expected 1, 2 or 4 each and at most {POOL_SIZE} ranks"
+            f"tp_size={tp_size}, dp_size={dp_size}: expected 1, 2 or 4 each and at most "
+            f"{POOL_SIZE} ranks"
         )
     if "<" in function.__qualname__ or "." in function.__qualname__:
         raise ValueError(
@@ -226,7 +228,8 @@ def _exchange(pool: _Pool, task: _Task, size: int, timeout_s: float) -> list[_Re
     if len(replies) < size:
         hung = next(rank for rank in range(size) if rank not in replies)
         raise AssertionError(
-            f"rank {hung} of {size} did not finish {task.function} within {timeout_s:g} s; it was at:\n{pool.stack_of(hung)}"
+            f"rank {hung} of {size} did not finish {task.function} within {timeout_s:g} s; it was "
+            f"at:\n{pool.stack_of(hung)}"
         )
     return [replies[rank] for rank in range(size)]
 
@@ -247,7 +250,7 @@ def _serve(rank: int, folder: str, connection: Connection, path: list[str]) -> N
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    stack_file = open(_stack_file(folder, rank), "w")  # noqa: SIM115 - open for the life of the process
+    stack_file = open(_stack_file(folder, rank), "w")  # noqa: SIM115 - open as long as the process
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1, file=stack_file)
     dist.init_process_group(

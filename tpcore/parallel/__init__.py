@@ -1,4 +1,4 @@
-"""Tensor parallelism without kernels: groups, collectives with autograd, sharding algebra, random streams."""
+"""Tensor parallelism without kernels: groups, collectives, sharding algebra, random streams."""
 
 from __future__ import annotations
 

@@ -1,23 +1,25 @@
 """Collectives with and without autograd, one code path for gloo and NCCL.
 
-The autograd collectives are linear maps, and the backward of each is its adjoint. With f and g the conjugate operators
-of arXiv 1909.08053 (tensor parallelism) and arXiv 2205.05198 (sequence parallelism):
+The autograd collectives are linear maps, and the backward of each is its adjoint. With f and g the
+conjugate operators of arXiv 1909.08053 (tensor parallelism) and arXiv 2205.05198 (sequence
+parallelism):
 
-    name                            forward                 backward                value before -> after
-    copy_to                    f    identity                all-reduce              one -> copies
-    reduce_from                g    all-reduce              identity                parts -> one
-    scatter_to                      own slice of dim        all-gather dim          one -> shards
-    gather_from                     all-gather dim          own slice of dim        shards -> one
-    gather_from_sequence       g    all-gather dim 0        reduce-scatter dim 0    shards -> copies
-    reduce_scatter_to_sequence      reduce-scatter dim 0    all-gather dim 0        parts -> shards
-    scatter_to_sequence             own slice of dim 0      all-gather dim 0        one -> shards
+    name                           forward                 backward                before -> after
+    copy_to                     f  identity                all-reduce              one -> copies
+    reduce_from                 g  all-reduce              identity                parts -> one
+    scatter_to                     own slice of dim        all-gather dim          one -> shards
+    gather_from                    all-gather dim          own slice of dim        shards -> one
+    gather_from_sequence        g  all-gather dim 0        reduce-scatter dim 0    shards -> copies
+    reduce_scatter_to_sequence  g' reduce-scatter dim 0    all-gather dim 0        parts -> shards
+    scatter_to_sequence            own slice of dim 0      all-gather dim 0        one -> shards
 
-"one" is a value that every rank holds and every rank uses in the same way (its gradient is the same on all of them);
-"copies" are used by each rank differently (their gradients are parts of a sum); "parts" are the terms of a sum;
-"shards" are slices. At size 1 every function returns its input. No function modifies its input, unless its name ends in
-``in_place``. Inputs may be non-contiguous.
+"one" is a value that every rank holds and every rank uses in the same way (its gradient is the same
+on all of them); "copies" are used by each rank differently (their gradients are parts of a sum);
+"parts" are the terms of a sum; "shards" are slices. At size 1 every function returns its input. No
+function modifies its input, unless its name ends in ``in_place``. Inputs may be non-contiguous.
 
-They call the functional collectives of torch (torch.ops._c10d_functional), which work eager and under torch.compile.
+They call the functional collectives of torch (torch.ops._c10d_functional), which work eager and
+under torch.compile.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ ReduceOp = Literal["sum", "max"]
 
 
 def all_reduce(x: Tensor, group: ParallelGroup, op: ReduceOp = "sum") -> Tensor:
-    """Sum or maximum over the ranks, element by element; a new tensor (x itself at size 1). Not differentiable."""
+    """Sum or maximum over the ranks, element by element. Not differentiable.
+
+    Returns a new tensor (x itself at size 1).
+    """
     return x if group.size == 1 else wait(start_all_reduce(x, group, op))
 
 
@@ -44,7 +49,7 @@ def start_all_reduce(x: Tensor, group: ParallelGroup, op: ReduceOp = "sum") -> T
 
 
 def wait(started: Tensor) -> Tensor:
-    """The finished result of ``start_all_reduce``; must be called, and before the result is used."""
+    """The finished result of ``start_all_reduce``; must be called before the result is used."""
     return torch.ops._c10d_functional.wait_tensor(started)
 
 
@@ -56,7 +61,10 @@ def all_reduce_in_place(x: Tensor, group: ParallelGroup, op: ReduceOp = "sum") -
 
 
 def all_gather(x: Tensor, group: ParallelGroup, dim: int = 0) -> Tensor:
-    """Concatenate the tensors of all ranks (of equal shape) along dim, in rank order. Not differentiable."""
+    """Concatenate the tensors of all ranks along dim, in rank order. Not differentiable.
+
+    Their shapes must be equal. Returns x itself at size 1.
+    """
     if group.size == 1:
         return x
     gathered = wait(
@@ -66,7 +74,9 @@ def all_gather(x: Tensor, group: ParallelGroup, dim: int = 0) -> Tensor:
 
 
 def reduce_scatter(x: Tensor, group: ParallelGroup) -> Tensor:
-    """Sum over the ranks, then keep the slice of dim 0 that belongs to this rank: [r * size, ...] -> [r, ...].
+    """Sum over the ranks and keep the own slice of dim 0: [r * size, ...] -> [r, ...].
+
+    Not differentiable. Returns x itself at size 1.
 
     Raises:
         ValueError: the first dimension is not a multiple of the group's size.
@@ -82,7 +92,10 @@ def reduce_scatter(x: Tensor, group: ParallelGroup) -> Tensor:
 
 
 def broadcast(x: Tensor, group: ParallelGroup, source: int = 0) -> Tensor:
-    """The tensor of the rank ``source`` (counted inside the group) on every rank; a new tensor of x's shape and dtype."""
+    """The tensor of the rank ``source`` (counted inside the group) on every rank.
+
+    Returns a new tensor of x's shape and dtype (x itself at size 1).
+    """
     if group.size == 1:
         return x
     return wait(torch.ops._c10d_functional.broadcast(x.contiguous(), source, _name(group)))
@@ -95,12 +108,12 @@ def barrier(group: ParallelGroup) -> None:
 
 
 def copy_to(x: Tensor, tp: TensorParallelGroup) -> Tensor:
-    """Identity forward, all-reduce backward: enters a region where every rank uses x with its own shard of a weight."""
+    """Identity forward, all-reduce backward: every rank goes on with its own shard of a weight."""
     return x if tp.size == 1 else _CopyTo.apply(x, tp)
 
 
 def reduce_from(x: Tensor, tp: TensorParallelGroup) -> Tensor:
-    """All-reduce forward, identity backward: leaves the region by summing what the ranks computed."""
+    """All-reduce forward, identity backward: sums what the ranks computed with their shards."""
     return x if tp.size == 1 else _ReduceFrom.apply(x, tp)
 
 
@@ -119,12 +132,17 @@ def gather_from(x: Tensor, tp: TensorParallelGroup, dim: int = -1) -> Tensor:
 
 
 def gather_from_sequence(x: Tensor, tp: TensorParallelGroup) -> Tensor:
-    """All-gather along dim 0 forward, reduce-scatter backward: [t/tp, h] -> [t, h] before a column-parallel layer."""
+    """All-gather along dim 0 forward, reduce-scatter backward.
+
+    [t/tp, h] -> [t, h], before a column-parallel layer.
+    """
     return x if tp.size == 1 else _GatherFromSequence.apply(x, tp)
 
 
 def reduce_scatter_to_sequence(x: Tensor, tp: TensorParallelGroup) -> Tensor:
-    """Reduce-scatter along dim 0 forward, all-gather backward: [t, h] -> [t/tp, h] after a row-parallel layer.
+    """Reduce-scatter along dim 0 forward, all-gather backward.
+
+    [t, h] -> [t/tp, h], after a row-parallel layer.
 
     Raises:
         ValueError: the group's size does not divide the number of tokens t.
@@ -133,7 +151,10 @@ def reduce_scatter_to_sequence(x: Tensor, tp: TensorParallelGroup) -> Tensor:
 
 
 def scatter_to_sequence(x: Tensor, tp: TensorParallelGroup) -> Tensor:
-    """Own slice of dim 0 forward, all-gather backward: [t, h] -> [t/tp, h] where a sequence-parallel region begins."""
+    """Own slice of dim 0 forward, all-gather backward.
+
+    [t, h] -> [t/tp, h], where a sequence-parallel region begins.
+    """
     return scatter_to(x, tp, dim=0)
 
 

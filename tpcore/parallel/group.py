@@ -1,7 +1,8 @@
 """Process groups as plain values: who takes part, and which rank this process has.
 
-Every parallel layer takes its ``TensorParallelGroup`` as an argument; there is no module-level "current group". With
-``TensorParallelGroup.single()`` the same code runs in one process and no collective is ever called.
+Every parallel layer takes its ``TensorParallelGroup`` as an argument; there is no module-level
+"current group". With ``TensorParallelGroup.single()`` the same code runs in one process and no
+collective is ever called.
 
     world of 8 ranks, init_parallel(tensor_parallel_size=4):
 
@@ -22,7 +23,7 @@ import torch.distributed as dist
 
 GroupT = TypeVar("GroupT", bound="ParallelGroup")
 
-# Sizes above this are never suggested in an error: nobody splits a vocabulary of 30522 over 5087 ranks.
+# No error suggests a larger size: nobody splits a vocabulary of 30522 over 5087 ranks.
 _LARGEST_SUGGESTED_SIZE = 64
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -30,16 +31,17 @@ _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTE
 
 @dataclass(frozen=True)
 class ParallelGroup:
-    """A process group seen from one of its ranks. Base of the two groups below; it is not used by itself.
+    """A process group seen from one of its ranks; base of the two groups below.
 
     Attributes:
         process_group: the communicator, or None for a group of this process alone.
         rank: rank of this process inside the group, 0 <= rank < size.
         size: number of ranks in the group.
 
-    A group is immutable and stands for a communicator that cannot be duplicated, so ``copy`` and ``deepcopy`` return
-    the object itself. Pickle stores the global ranks of the members; unpickling looks up the communicator of the same
-    ranks in the process that loads, and raises ValueError where there is none.
+    A group is immutable and stands for a communicator that cannot be duplicated, so ``copy`` and
+    ``deepcopy`` return the object itself. Pickle stores the global ranks of the members; unpickling
+    looks up the communicator of the same ranks in the process that loads, and raises ValueError
+    where there is none.
     """
 
     process_group: dist.ProcessGroup | None = field(repr=False)
@@ -49,12 +51,13 @@ class ParallelGroup:
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(
-                f"rank={self.rank} is not a rank of a group of size={self.size}; expected 0 to {self.size - 1}"
+                f"rank={self.rank} is not a rank of a group of size={self.size}; expected 0 to "
+                f"{self.size - 1}"
             )
         if self.process_group is None and self.size > 1:
             raise ValueError(
-                f"process_group=None cannot connect size={self.size} ranks; pass the process group, or use "
-                f"{type(self).__name__}.single() for one process"
+                f"process_group=None cannot connect size={self.size} ranks; pass the process "
+                f"group, or use {type(self).__name__}.single() for one process"
             )
 
     @classmethod
@@ -64,7 +67,7 @@ class ParallelGroup:
 
     @classmethod
     def from_process_group(cls: type[GroupT], process_group: dist.ProcessGroup) -> GroupT:
-        """Wrap a process group made elsewhere (DeviceMesh.get_group(), dist.new_group(), Lightning, ...).
+        """Wrap a process group made elsewhere, such as DeviceMesh.get_group() or dist.new_group().
 
         Raises:
             ValueError: this process is not a member of ``process_group``.
@@ -72,8 +75,8 @@ class ParallelGroup:
         rank = dist.get_rank(process_group)
         if rank < 0:
             raise ValueError(
-                f"process_group does not contain this process (global rank {dist.get_rank()}); pass the group that this "
-                "rank belongs to"
+                f"process_group does not contain this process (global rank {dist.get_rank()}); "
+                "pass the group that this rank belongs to"
             )
         return cls(process_group, rank, dist.get_world_size(process_group))
 
@@ -97,17 +100,23 @@ class ParallelGroup:
 
 @dataclass(frozen=True)
 class TensorParallelGroup(ParallelGroup):
-    """The ranks that share one copy of the model: each holds a shard of the weights and sees the same tokens."""
+    """The ranks that share one copy of the model.
+
+    Each holds a shard of the weights and sees the same tokens.
+    """
 
 
 @dataclass(frozen=True)
 class DataParallelGroup(ParallelGroup):
-    """The ranks that hold the same shard of the model: each sees other tokens, gradients are averaged over it."""
+    """The ranks that hold the same shard of the model.
+
+    Each sees other tokens; gradients are averaged over the group.
+    """
 
 
 def _unpickle_group(cls: type[GroupT], ranks: tuple[int, ...], name: str | None) -> GroupT:
-    # Several groups may have the same members (the world, and a tensor-parallel group as large as it); the name tells
-    # them apart when both processes made their groups in the same order.
+    # Several groups may have the same members (the world, and a tensor-parallel group as large as
+    # it); the name tells them apart when both processes made their groups in the same order.
     if name is None:
         return cls.single()
     known = dist.distributed_c10d._world.pg_names if dist.is_initialized() else {}
@@ -118,21 +127,22 @@ def _unpickle_group(cls: type[GroupT], ranks: tuple[int, ...], name: str | None)
     if len(ranks) == 1:
         return cls.single()
     raise ValueError(
-        f"this {cls.__name__} was pickled in a group of the global ranks {list(ranks)}, and this process is in no such "
-        f"group; start {len(ranks)} or more processes with torchrun and call "
+        f"this {cls.__name__} was pickled in a group of the global ranks {list(ranks)}, and this "
+        f"process is in no such group; start {len(ranks)} or more processes with torchrun and call "
         f"init_parallel(tensor_parallel_size={len(ranks)}) before unpickling"
     )
 
 
 def divide(value: int, size: int, name: str) -> int:
-    """value / size, for a dimension that is split over a tensor-parallel group.
+    """The quotient value / size, for a dimension that is split over a tensor-parallel group.
 
     Raises:
         ValueError: ``size`` does not divide ``value``; the message lists the sizes that do.
     """
     if value % size:
         raise ValueError(
-            f"{name}={value} cannot be split over a tensor-parallel size of {size}; use {_divisors_in_words(value)}"
+            f"{name}={value} cannot be split over a tensor-parallel size of {size}; use "
+            f"{_divisors_in_words(value)}"
         )
     return value // size
 
@@ -147,19 +157,20 @@ def init_parallel(
 ) -> tuple[TensorParallelGroup, DataParallelGroup]:
     """Make the tensor-parallel and the data-parallel group of this process.
 
-    Under torchrun the environment says how many ranks there are; without it this is a single process, and both groups
-    are ``single()``. If torch.distributed is already initialised, its world is used as it is. Consecutive ranks form a
-    tensor-parallel group (as in Megatron-LM), so that it lies inside one node whenever the size allows it.
+    Under torchrun the environment says how many ranks there are; without it this is a single
+    process, and both groups are ``single()``. If torch.distributed is already initialised, its
+    world is used as it is. Consecutive ranks form a tensor-parallel group (as in Megatron-LM), so
+    that it lies inside one node whenever the size allows it.
 
     Args:
         tensor_parallel_size: ranks that share one copy of the model; must divide the world size.
-        backend: torch.distributed backend; None takes NCCL for CUDA tensors (and gloo for CPU tensors beside it) where
-            CUDA is present, else gloo.
+        backend: torch.distributed backend; None takes NCCL for CUDA tensors (and gloo for CPU
+            tensors beside it) where CUDA is present, else gloo.
         timeout_s: how long a collective waits for the other ranks before it raises.
 
     Raises:
-        ValueError: the size does not divide the world size, torchrun's environment is incomplete, or there are more
-            ranks on this node than CUDA devices (NCCL cannot share one).
+        ValueError: the size does not divide the world size, torchrun's environment is incomplete,
+            or there are more ranks on this node than CUDA devices (NCCL cannot share one).
     """
     if tensor_parallel_size < 1:
         raise ValueError(
@@ -169,19 +180,21 @@ def init_parallel(
         if "WORLD_SIZE" not in os.environ:
             if tensor_parallel_size > 1:
                 raise ValueError(
-                    f"tensor_parallel_size={tensor_parallel_size} needs {tensor_parallel_size} processes, and this is a "
-                    f"single process; start it with `torchrun --nproc-per-node {tensor_parallel_size} ...`"
+                    f"tensor_parallel_size={tensor_parallel_size} needs {tensor_parallel_size} "
+                    "processes, and this is a single process; start it with `torchrun "
+                    f"--nproc-per-node {tensor_parallel_size} ...`"
                 )
             return TensorParallelGroup.single(), DataParallelGroup.single()
-        # Checked before any connection is opened, so that a wrong size ends in one line instead of a hang.
+        # Checked before any connection is opened, so that a wrong size ends in one line instead of
+        # a hang.
         _check_divides_world(tensor_parallel_size, _torchrun_environment()["WORLD_SIZE"])
         _init_world(backend, timeout_s)
     world_size, rank = dist.get_world_size(), dist.get_rank()
     _check_divides_world(tensor_parallel_size, world_size)
 
     def own_group(groups: list[list[int]], description: str) -> dist.ProcessGroup:
-        # Every rank makes every group, in the same order: torch.distributed asks for it. A group of one rank gets a
-        # communicator too: DistributedDataParallel takes None for the world.
+        # Every rank makes every group, in the same order: torch.distributed asks for it. A group of
+        # one rank gets a communicator too: DistributedDataParallel takes None for the world.
         own: dist.ProcessGroup | None = None
         for ranks in groups:
             process_group = dist.new_group(
@@ -201,7 +214,7 @@ def init_parallel(
 
 
 def destroy_parallel() -> None:
-    """Close every communicator of this process; does nothing where torch.distributed was never initialised."""
+    """Close every communicator of this process, if there is any."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -209,8 +222,8 @@ def destroy_parallel() -> None:
 def _check_divides_world(tensor_parallel_size: int, world_size: int) -> None:
     if world_size % tensor_parallel_size:
         raise ValueError(
-            f"tensor_parallel_size={tensor_parallel_size} does not divide the world size of {world_size}; use "
-            f"{_divisors_in_words(world_size)}"
+            f"tensor_parallel_size={tensor_parallel_size} does not divide the world size of "
+            f"{world_size}; use {_divisors_in_words(world_size)}"
         )
 
 
@@ -218,8 +231,9 @@ def _torchrun_environment() -> dict[str, int]:
     missing = [name for name in _TORCHRUN_VARIABLES if name not in os.environ]
     if missing:
         raise ValueError(
-            f"WORLD_SIZE is set but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not; start the program "
-            "with torchrun, which sets all of them, or unset WORLD_SIZE to run a single process"
+            f"WORLD_SIZE is set but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
+            "not; start the program with torchrun, which sets all of them, or unset WORLD_SIZE to "
+            "run a single process"
         )
     values = {}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -241,12 +255,15 @@ def _init_world(backend: str | None, timeout_s: float) -> None:
         if backend is None or "nccl" in backend:
             if local_rank >= num_devices:
                 raise ValueError(
-                    f"LOCAL_RANK={local_rank} has no CUDA device of its own ({num_devices} visible) and NCCL cannot share "
-                    f'one; start at most {num_devices} processes on this node, or pass backend="gloo"'
+                    f"LOCAL_RANK={local_rank} has no CUDA device of its own ({num_devices} "
+                    "visible) and NCCL cannot share "
+                    f"one; start at most {num_devices} processes on this node, or pass "
+                    'backend="gloo"'
                 )
             device_id = torch.device("cuda", local_rank)
         torch.cuda.set_device(local_rank % num_devices)
-        # Layers may live on the CPU of a machine that has a GPU, so the same groups must serve CPU tensors.
+        # Layers may live on the CPU of a machine that has a GPU, so the same groups must serve CPU
+        # tensors.
         backend = backend or "cpu:gloo,cuda:nccl"
     dist.init_process_group(
         backend or "gloo",

@@ -1,15 +1,16 @@
 """How a full tensor is cut into shards, as pure tensor algebra: no process group, no communication.
 
-A sharding says how one parameter is laid out over the ranks of a tensor-parallel group; ``sharding_table`` collects
-them by name for a whole module. Loading at another size is ``reshard``: unshard, then shard.
+A sharding says how one parameter is laid out over the ranks of a tensor-parallel group;
+``sharding_table`` collects them by name for a whole module. Loading at another size is ``reshard``:
+unshard, then shard.
 
     Sharded(0)     rows:  rank r holds full[r * n/size : (r + 1) * n/size]
     Sharded(1)     columns, likewise
     ShardedQKV(0)  full = [all q | all k | all v] along dim; rank r holds [its q | its k | its v]
     Replicated()   every rank holds the full tensor
 
-The table lives in the modules (``own_sharding()``) and not in attributes of the tensors: those are lost in deepcopy, in
-meta-device initialisation and when a state dict is assigned.
+The table lives in the modules (``own_sharding()``) and not in attributes of the tensors: those are
+lost in deepcopy, in meta-device initialisation and when a state dict is assigned.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Sharded:
 
 @dataclass(frozen=True)
 class ShardedQKV:
-    """The full tensor stacks all queries, keys and values along ``dim``; each of the three is sharded by itself."""
+    """The full tensor is [all q | all k | all v] along ``dim``, and each part is sharded."""
 
     dim: int = 0
 
@@ -75,8 +76,8 @@ def shard_shape(
     parts = _parts(sharding)
     if shape[dim] % parts:
         raise ValueError(
-            f"{name} of shape {shape} cannot be [all q | all k | all v]: dim {dim} has {shape[dim]} entries, which 3 does "
-            "not divide"
+            f"{name} of shape {shape} cannot be [all q | all k | all v]: dim {dim} has "
+            f"{shape[dim]} entries, which 3 does not divide"
         )
     shape[dim] = parts * divide(shape[dim] // parts, size, f"dim {dim} of {name}")
     return tuple(shape)
@@ -99,7 +100,9 @@ def full_shape(
 def shard(
     full: Tensor, sharding: Sharding, rank: int, size: int, *, name: str = "tensor"
 ) -> Tensor:
-    """The part of ``full`` that ``rank`` of ``size`` holds. A view of ``full`` where it is one block, else a copy.
+    """The part of ``full`` that ``rank`` of ``size`` holds.
+
+    A view of ``full``, except for ShardedQKV, which copies.
 
     Raises:
         ValueError: the tensor cannot be split so; names the parameter.
@@ -117,26 +120,26 @@ def shard(
 
 
 def unshard(shards: Sequence[Tensor], sharding: Sharding, *, name: str = "tensor") -> Tensor:
-    """The full tensor, from the shards of all ranks in rank order: unshard([shard(x, s, r, n) for r], s) == x.
+    """The full tensor, from the shards of all ranks in rank order; inverse of ``shard``.
 
     Raises:
-        ValueError: there are no shards, their shapes or dtypes differ, or replicated copies are not equal; names the
-            parameter and the rank.
+        ValueError: there are no shards, their shapes or dtypes differ, or replicated copies are not
+            equal; names the parameter and the rank.
     """
     if not shards:
         raise ValueError(f"{name} has no shards to join")
     for rank, piece in enumerate(shards):
         if piece.shape != shards[0].shape or piece.dtype != shards[0].dtype:
             raise ValueError(
-                f"{name} differs between ranks: {list(shards[0].shape)} {shards[0].dtype} on rank 0, {list(piece.shape)} "
-                f"{piece.dtype} on rank {rank}"
+                f"{name} differs between ranks: {list(shards[0].shape)} {shards[0].dtype} on rank "
+                f"0, {list(piece.shape)} {piece.dtype} on rank {rank}"
             )
     if isinstance(sharding, Replicated):
         for rank, piece in enumerate(shards[1:], start=1):
             if not _bit_equal(piece, shards[0]):
                 raise ValueError(
-                    f"{name} is replicated, but its values on rank {rank} are not those on rank 0; the shards come from "
-                    "different models, or the parameter is sharded"
+                    f"{name} is replicated, but its values on rank {rank} are not those on rank 0; "
+                    "the shards come from different models, or the parameter is sharded"
                 )
         return shards[0]
     full_shape(shards[0].shape, sharding, len(shards), name=name)
@@ -146,7 +149,8 @@ def unshard(shards: Sequence[Tensor], sharding: Sharding, *, name: str = "tensor
     dim = sharding.dim
     if shards[0].shape[dim] % parts:
         raise ValueError(
-            f"{name}: a shard of shape {list(shards[0].shape)} cannot be [q | k | v]: 3 does not divide dim {dim}"
+            f"{name}: a shard of shape {list(shards[0].shape)} cannot be [q | k | v]: 3 does not "
+            f"divide dim {dim}"
         )
     pieces = [piece.chunk(parts, dim) for piece in shards]
     return torch.cat([piece[part] for part in range(parts) for piece in pieces], dim)
@@ -155,7 +159,7 @@ def unshard(shards: Sequence[Tensor], sharding: Sharding, *, name: str = "tensor
 def reshard(
     shards: Sequence[Tensor], sharding: Sharding, new_size: int, *, name: str = "tensor"
 ) -> list[Tensor]:
-    """The shards over ``new_size`` ranks of the tensor whose shards over len(shards) ranks are given.
+    """The shards over ``new_size`` ranks, from those over len(shards) ranks.
 
     Raises:
         ValueError: as ``unshard`` and ``shard``.
@@ -165,10 +169,11 @@ def reshard(
 
 
 def sharding_table(module: nn.Module) -> dict[str, Sharding]:
-    """The sharding of every parameter and persistent buffer of ``module``, by its name in ``module.state_dict()``.
+    """The sharding of every parameter and persistent buffer, by its name in the state dict.
 
-    Asks each submodule that has a method ``own_sharding() -> dict[str, Sharding]`` for the tensors that it owns directly;
-    everything else is Replicated. Any module may take part by defining that method.
+    Asks each submodule that has a method ``own_sharding() -> dict[str, Sharding]`` for the tensors
+    that it owns directly; everything else is Replicated. Any module may take part by defining that
+    method.
 
     Raises:
         ValueError: a module's own_sharding names a tensor that it does not have.
@@ -182,7 +187,8 @@ def sharding_table(module: nn.Module) -> dict[str, Sharding]:
             full_name = f"{prefix}.{name}" if prefix else name
             if full_name not in table:
                 raise ValueError(
-                    f"{type(submodule).__name__}.own_sharding() names {name!r}, but {full_name!r} is not in the state dict"
+                    f"{type(submodule).__name__}.own_sharding() names {name!r}, but {full_name!r} "
+                    "is not in the state dict"
                 )
             table[full_name] = sharding
     return table
