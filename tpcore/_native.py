@@ -1,0 +1,442 @@
+"""The ground floor: op schemas, the compiled libraries, and the counter-based dropout generator.
+
+Every raw op of tpcore is declared here, forward and backward, with its fake implementation and an Autograd
+kernel that refuses to be called where a gradient would silently be lost. The compiled libraries next to this
+file (`_C_cpu.abi3.so`, `_C_cuda.abi3.so`) register implementations for these schemas; what a library serves
+is read from the library itself, so Python and C++ cannot disagree about it.
+
+Raw ops know nothing of autograd, of shapes beyond two (four for scores) dimensions, or of defaults: the
+functions in `tpcore.kernels` are the public face. Conventions shared by all of them:
+
+* rows are tokens; the last dimension is contiguous, the row stride is free;
+* "accumulation dtype" is float64 for float64 input and float32 otherwise; statistics, and gradients of
+  weights and biases, are returned in it;
+* a gradient that is not needed comes back as an empty tensor, so that the number of outputs is fixed;
+* a dropout key is (seed, stream, row_ids, columns): see `dropout_keep_mask`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+LibraryName = Literal["cpu", "cuda"]
+
+SCHEMAS: dict[str, str] = {
+    # x [r, c] -> y [r, c] in the dtype of x; mean, rstd [r]
+    "layer_norm_forward": (
+        "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)"
+    ),
+    # total = x + residual, y = layer_norm(total)
+    "add_layer_norm_forward": (
+        "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps)"
+        " -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)"
+    ),
+    # grad_total (if given) is added to grad_x: the gradient that reaches the sum from elsewhere
+    "layer_norm_backward": (
+        "(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? grad_total,"
+        " bool need_grad_x, bool need_grad_weight, bool need_grad_bias)"
+        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
+    ),
+    "bias_gelu_forward": "(Tensor x, Tensor? bias, str approximate) -> Tensor",
+    "bias_gelu_backward": (
+        "(Tensor grad_y, Tensor x, Tensor? bias, str approximate, bool need_grad_x, bool need_grad_bias)"
+        " -> (Tensor grad_x, Tensor grad_bias)"
+    ),
+    # scores [b, n, sq, sk]; mask bool, expandable to scores; row_ids [b, sq].
+    # probs is what backward needs; with dropout_p == 0 it equals y and comes back empty.
+    "masked_softmax_forward": (
+        "(Tensor scores, Tensor? mask, float scale, bool causal, float dropout_p, Tensor? seed, int stream,"
+        " Tensor? row_ids, int head_offset) -> (Tensor y, Tensor probs)"
+    ),
+    "masked_softmax_backward": (
+        "(Tensor grad_y, Tensor probs, float scale, float dropout_p, Tensor? seed, int stream,"
+        " Tensor? row_ids, int head_offset) -> Tensor"
+    ),
+    # x, residual [t, h] of one dtype; bias [h]
+    "bias_dropout_residual_forward": (
+        "(Tensor x, Tensor? bias, Tensor? residual, float p, Tensor? seed, int stream, Tensor? row_ids,"
+        " int column_offset) -> Tensor"
+    ),
+    "bias_dropout_residual_backward": (
+        "(Tensor grad_y, float p, Tensor? seed, int stream, Tensor? row_ids, int column_offset,"
+        " bool need_grad_x, bool need_grad_bias) -> (Tensor grad_x, Tensor grad_bias)"
+    ),
+    # logits [t, v/tp], target int64 [t] of global ids; four vectors [t]
+    "cross_entropy_statistics": (
+        "(Tensor logits, Tensor target, int vocab_start, int num_classes, int ignore_index)"
+        " -> (Tensor max, Tensor sum_exp, Tensor target_logit, Tensor sum_logits)"
+    ),
+    "cross_entropy_backward": (
+        "(Tensor grad_loss, Tensor logits, Tensor target, Tensor log_sum_exp, int vocab_start, int num_classes,"
+        " int ignore_index, float label_smoothing) -> Tensor"
+    ),
+    # row_ids [b, sq] -> bool [b, num_heads, sq, num_columns]
+    "dropout_keep_mask": (
+        "(Tensor seed, Tensor row_ids, float p, int stream, int num_columns, int column_offset, int head_offset,"
+        " int num_heads) -> Tensor"
+    ),
+}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums are kept for tensors of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- Fakes: shapes, dtypes and strides of what the ops return ----------------------------------------------
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:1], dtype=accumulation_dtype(x.dtype))
+
+
+def _columns(x: Tensor, needed: bool) -> Tensor:
+    return x.new_empty(x.shape[-1:] if needed else (0,), dtype=accumulation_dtype(x.dtype))
+
+
+def _like(x: Tensor, needed: bool = True) -> Tensor:
+    return x.new_empty(x.shape if needed else (0,))
+
+
+def _fake_layer_norm_forward(x, weight, bias, eps):
+    return _like(x), _rows(x), _rows(x)
+
+
+def _fake_add_layer_norm_forward(x, residual, weight, bias, eps):
+    return _like(x), _like(x), _rows(x), _rows(x)
+
+
+def _fake_layer_norm_backward(
+    grad_y, x, mean, rstd, weight, grad_total, need_grad_x, need_grad_weight, need_grad_bias
+):
+    return _like(x, need_grad_x), _columns(x, need_grad_weight), _columns(x, need_grad_bias)
+
+
+def _fake_bias_gelu_forward(x, bias, approximate):
+    return _like(x)
+
+
+def _fake_bias_gelu_backward(grad_y, x, bias, approximate, need_grad_x, need_grad_bias):
+    return _like(x, need_grad_x), _columns(x, need_grad_bias)
+
+
+def _fake_masked_softmax_forward(
+    scores, mask, scale, causal, dropout_p, seed, stream, row_ids, head_offset
+):
+    return _like(scores), _like(scores, dropout_p > 0)
+
+
+def _fake_masked_softmax_backward(
+    grad_y, probs, scale, dropout_p, seed, stream, row_ids, head_offset
+):
+    return _like(probs)
+
+
+def _fake_bias_dropout_residual_forward(x, bias, residual, p, seed, stream, row_ids, column_offset):
+    return _like(x)
+
+
+def _fake_bias_dropout_residual_backward(
+    grad_y, p, seed, stream, row_ids, column_offset, need_grad_x, need_grad_bias
+):
+    return _like(grad_y, need_grad_x), _columns(grad_y, need_grad_bias)
+
+
+def _fake_cross_entropy_statistics(logits, target, vocab_start, num_classes, ignore_index):
+    return _rows(logits), _rows(logits), _rows(logits), _rows(logits)
+
+
+def _fake_cross_entropy_backward(
+    grad_loss, logits, target, log_sum_exp, vocab_start, num_classes, ignore_index, label_smoothing
+):
+    return _like(logits)
+
+
+def _fake_dropout_keep_mask(
+    seed, row_ids, p, stream, num_columns, column_offset, head_offset, num_heads
+):
+    batch, num_rows = row_ids.shape
+    return row_ids.new_empty((batch, num_heads, num_rows, num_columns), dtype=torch.bool)
+
+
+# --- Registration -------------------------------------------------------------------------------------------
+
+_LIBRARY = torch.library.Library("tpcore", "DEF")
+
+
+def _refuse_autograd(name: str) -> Any:
+    """The Autograd kernel of a raw op: passes through, unless a gradient would be lost."""
+    op = getattr(torch.ops.tpcore, name).default
+
+    def kernel(*args: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            raise RuntimeError(
+                f"torch.ops.tpcore.{name} is a raw kernel without a gradient, and an input requires grad; call the"
+                " function of tpcore.kernels instead, or wrap the call in torch.no_grad()"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return kernel
+
+
+def _register_ops() -> None:
+    for name, schema in SCHEMAS.items():
+        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"tpcore::{name}", globals()[f"_fake_{name}"], lib=_LIBRARY)
+        _LIBRARY.impl(name, _refuse_autograd(name), "Autograd")
+
+
+_register_ops()
+
+
+# --- The compiled libraries ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """What became of one compiled library.
+
+    Attributes:
+        name: "cpu" or "cuda".
+        loaded: whether its ops can be called.
+        path: where it is, or would be.
+        reason: why it is not loaded; empty if it is.
+        info: what the library says of itself: "isa" (the instruction set in use) and "ops" (the raw ops it serves).
+    """
+
+    name: LibraryName
+    loaded: bool
+    path: Path
+    reason: str = ""
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def build_record() -> dict[str, Any]:
+    """The record that setup.py left: what was built, with what, and what was not and why. Empty if there is none."""
+    path = Path(__file__).with_name("_build.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _read_info(path: Path) -> dict[str, Any]:
+    """Asks a library, by its one C function, which instruction set it chose and which ops it serves."""
+    info = ctypes.CDLL(str(path)).tpcore_library_info
+    info.restype = ctypes.c_char_p
+    parsed = json.loads(info())
+    if parsed.get("error"):
+        raise OSError(parsed["error"])
+    return parsed
+
+
+def _load(name: LibraryName) -> NativeStatus:
+    path = Path(__file__).with_name(f"_C_{name}.abi3.so")
+    if not path.exists():
+        record = build_record().get(name, {})
+        reason = (
+            record.get("reason")
+            or f"{path.name} was not built; install tpcore with `pip install .`"
+        )
+        return NativeStatus(name, False, path, reason)
+    if name == "cuda" and not torch.cuda.is_available():
+        return NativeStatus(name, False, path, "torch.cuda.is_available() is False")
+    try:
+        info = _read_info(path)
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return NativeStatus(name, False, path, str(error))
+    return NativeStatus(name, True, path, "", info)
+
+
+_STATUS: dict[str, NativeStatus] = {"cpu": _load("cpu"), "cuda": _load("cuda")}
+
+
+def status(name: LibraryName) -> NativeStatus:
+    """Whether the compiled library for `name` is loaded, and if not, why."""
+    return _STATUS[name]
+
+
+def _served_ops() -> dict[str, frozenset[str]]:
+    return {name: frozenset(s.info.get("ops", ())) for name, s in _STATUS.items() if s.loaded}
+
+
+# Device type -> raw ops that compiled code serves there.
+NATIVE_OPS: dict[str, frozenset[str]] = _served_ops()
+
+
+# --- Philox4x32-10 ------------------------------------------------------------------------------------------
+# Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+def _multiply_32(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low word of a 32 x 32 bit product, in halves of 16 bits so that int64 never overflows."""
+    low = (x & 0xFFFF) * multiplier
+    high = (x >> 16) * multiplier + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 on int64 tensors that hold unsigned 32-bit words; shapes broadcast.
+
+    Args:
+        counter: the four counter words.
+        key: the two key words.
+
+    Returns:
+        The four output words.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply_32(_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply_32(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def dropout_threshold(p: float) -> int:
+    """An element is kept if and only if its random word is at least this number: round(p * 2^32)."""
+    return min(round(p * 2.0**32), _WORD)
+
+
+def philox_keep_mask(
+    seed: Tensor,
+    row_ids: Tensor,
+    p: float,
+    stream: int,
+    num_columns: int,
+    column_offset: int,
+    head_offset: int,
+    num_heads: int,
+) -> Tensor:
+    """`torch.ops.tpcore.dropout_keep_mask` in plain PyTorch: same arguments, same bits, any device."""
+    device = row_ids.device
+    first_group = column_offset // 4
+    num_groups = (column_offset + num_columns + 3) // 4 - first_group
+    seed = seed.reshape(())
+    rows = row_ids[:, None, :, None]
+    heads = torch.arange(head_offset, head_offset + num_heads, device=device)[:, None, None]
+    groups = torch.arange(first_group, first_group + num_groups, device=device)
+    words = philox4x32(
+        (groups, rows & _WORD, (rows >> 32) & _WORD, (heads << 16) | stream),
+        (seed & _WORD, (seed >> 32) & _WORD),
+    )
+    keep = torch.stack(torch.broadcast_tensors(*words), dim=-1) >= dropout_threshold(p)
+    start = column_offset - 4 * first_group
+    return keep.flatten(-2)[..., start : start + num_columns].contiguous()
+
+
+def check_dropout_key(p: float, seed: Tensor | None, stream: int, row_ids: Tensor | None) -> None:
+    """Checks what every dropout has in common.
+
+    Raises:
+        ValueError: if p is outside [0, 1), the stream does not fit its 16 bits, or p > 0 comes without an int64
+            seed tensor of one element and int64 row_ids.
+    """
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"the dropout probability is {p}; expected 0 <= p < 1")
+    if not 0 <= stream < 1 << 16:
+        raise ValueError(f"stream={stream} is outside 0..65535")
+    if p == 0.0:
+        return
+    if seed is None or row_ids is None:
+        missing = "seed" if seed is None else "row_ids"
+        raise ValueError(
+            f"dropout with p={p} needs a key, but {missing} is None; pass seed (an int64 tensor of one element) and"
+            " row_ids (int64, one per row), or p=0 to switch dropout off"
+        )
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(
+            f"seed is {seed.dtype} of shape {tuple(seed.shape)}; expected an int64 tensor of one element"
+        )
+    if row_ids.dtype != torch.int64:
+        raise ValueError(f"row_ids is {row_ids.dtype}; expected int64")
+
+
+def _keep_mask(
+    p: float,
+    seed: Tensor,
+    stream: int,
+    row_ids: Tensor,
+    num_columns: int,
+    column_offset: int,
+    head_offset: int,
+    num_heads: int,
+) -> Tensor:
+    check_dropout_key(p, seed, stream, row_ids)
+    if head_offset < 0 or head_offset + num_heads > 1 << 16:
+        raise ValueError(f"heads {head_offset}..{head_offset + num_heads - 1} are outside 0..65535")
+    if column_offset < 0:
+        raise ValueError(f"column_offset={column_offset} is negative")
+    native = "dropout_keep_mask" in NATIVE_OPS.get(row_ids.device.type, ())
+    function = torch.ops.tpcore.dropout_keep_mask if native else philox_keep_mask
+    return function(seed, row_ids, p, stream, num_columns, column_offset, head_offset, num_heads)
+
+
+def dropout_keep_mask(
+    p: float,
+    seed: Tensor,
+    stream: int,
+    row_ids: Tensor,
+    num_columns: int,
+    *,
+    column_offset: int = 0,
+    head: int = 0,
+) -> Tensor:
+    """Which elements of a [t, num_columns] matrix a dropout keeps; the same bits on every device.
+
+    The random word of an element is word `column % 4` of Philox4x32-10 with the key (low and high half of the seed)
+    and the counter (column // 4, low half of row_id, high half of row_id, head << 16 | stream), where column counts
+    from `column_offset`. It is kept if that word is at least round(p * 2^32), which is true with probability 1 - p.
+
+    Args:
+        p: probability of dropping, 0 <= p < 1.
+        seed: int64 tensor of one element, on the device of row_ids.
+        stream: number of the place in the model, 0..65535.
+        row_ids: int64 [t], the identity of each row.
+        num_columns: how many columns.
+        column_offset: global number of the first column.
+        head: number of the attention head, 0..65535; 0 outside attention.
+
+    Returns:
+        bool [t, num_columns], True = kept.
+
+    Raises:
+        ValueError: if an argument is out of range or of the wrong dtype.
+    """
+    mask = _keep_mask(p, seed, stream, row_ids[None], num_columns, column_offset, head, 1)
+    return mask.view(row_ids.shape[0], num_columns)
+
+
+def attention_dropout_keep_mask(
+    p: float,
+    seed: Tensor,
+    stream: int,
+    row_ids: Tensor,
+    num_heads: int,
+    num_columns: int,
+    *,
+    head_offset: int = 0,
+) -> Tensor:
+    """`dropout_keep_mask` for scores: row_ids [b, sq] of the queries, heads from head_offset, columns = keys.
+
+    Returns:
+        bool [b, num_heads, sq, num_columns], True = kept.
+
+    Raises:
+        ValueError: if an argument is out of range or of the wrong dtype.
+    """
+    return _keep_mask(p, seed, stream, row_ids, num_columns, 0, head_offset, num_heads)

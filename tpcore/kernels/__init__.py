@@ -1,0 +1,21 @@
+"""Pure, differentiable functions of tensors on one device; each is served by the best backend present."""
+
+from tpcore.kernels.backend import Explanation, explain, record_backends, use_backend
+from tpcore.kernels.bias_dropout_residual import bias_dropout_residual
+from tpcore.kernels.bias_gelu import bias_gelu
+from tpcore.kernels.cross_entropy import cross_entropy
+from tpcore.kernels.layer_norm import add_layer_norm, layer_norm
+from tpcore.kernels.masked_softmax import masked_softmax
+
+__all__ = [
+    "Explanation",
+    "add_layer_norm",
+    "bias_dropout_residual",
+    "bias_gelu",
+    "cross_entropy",
+    "explain",
+    "layer_norm",
+    "masked_softmax",
+    "record_backends",
+    "use_backend",
+]

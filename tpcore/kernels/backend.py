@@ -1,0 +1,177 @@
+"""Which code serves an op: chosen per call, overridable, and never silently.
+
+Backends, in order of preference: `cuda` and `cpu` (compiled, for tensors of that device), `triton`, and `reference`
+(plain PyTorch, any device). An op falls to the reference when no kernel serves the device or dtype at hand;
+`explain()` says which backend serves what and why the others do not. `use_backend("reference")` or the environment
+variable TPCORE_BACKEND makes the choice explicit, and a choice that cannot be honoured is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tpcore import _native
+
+Backend = Literal["cuda", "triton", "cpu", "reference"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+# Public op -> the raw ops it stands on.
+OPS: dict[str, tuple[str, ...]] = {
+    "layer_norm": ("layer_norm_forward", "layer_norm_backward"),
+    "add_layer_norm": ("add_layer_norm_forward", "layer_norm_backward"),
+    "bias_gelu": ("bias_gelu_forward", "bias_gelu_backward"),
+    "masked_softmax": ("masked_softmax_forward", "masked_softmax_backward"),
+    "bias_dropout_residual": ("bias_dropout_residual_forward", "bias_dropout_residual_backward"),
+    "cross_entropy": ("cross_entropy_statistics", "cross_entropy_backward"),
+}
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# A process-wide override rather than a context variable: torch.compile guards on it, and backward, which may run on
+# another thread, keeps the choice its forward made.
+_forced: str | None = None
+_recorder: list[tuple[str, str]] | None = None
+
+
+def _parse(name: str, origin: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{origin} is {name!r}; expected one of {', '.join(BACKENDS)}")
+    return name
+
+
+if os.environ.get("TPCORE_BACKEND"):
+    _forced = _parse(os.environ["TPCORE_BACKEND"], "the environment variable TPCORE_BACKEND")
+
+
+def _device_refusal(backend: str, op: str, device: str) -> str:
+    """Why a backend does not serve an op on a device type; empty if it does."""
+    if backend == "reference":
+        return ""
+    if backend == "triton":
+        return "this version has no Triton kernels"
+    if device != backend:
+        return f"serves {backend} tensors only"
+    library = _native.status(backend)  # type: ignore[arg-type]
+    if not library.loaded:
+        return f"the compiled library is not loaded: {library.reason}"
+    missing = [raw for raw in OPS[op] if raw not in _native.NATIVE_OPS[backend]]
+    return f"the compiled library has no {missing[0]}" if missing else ""
+
+
+# (op, device type) -> the compiled backend that serves it. Filled once: nothing in it changes during a process.
+_COMPILED: dict[tuple[str, str], str] = {
+    (op, device): device
+    for op in OPS
+    for device in ("cuda", "cpu")
+    if not _device_refusal(device, op, device)
+}
+
+
+def _dtype_refusal(x: Tensor, parameters: tuple[Tensor | None, ...]) -> str:
+    """Why a compiled kernel does not take these dtypes; empty if it does."""
+    if x.dtype not in _DTYPES:
+        return f"does not take {x.dtype}"
+    given = [p.dtype for p in parameters if p is not None]
+    if not given:
+        return ""
+    if any(dtype != given[0] for dtype in given):
+        return f"takes weight and bias of one dtype, not {given[0]} and {given[1]}"
+    if given[0] == x.dtype or (given[0] == torch.float32 and x.dtype != torch.float64):
+        return ""
+    return f"takes parameters in the dtype of x ({x.dtype}) or float32, not {given[0]}"
+
+
+def choose(op: str, x: Tensor, *parameters: Tensor | None) -> str:
+    """The backend for one call of `op` on x, whose weight and bias are `parameters`.
+
+    Raises:
+        ValueError: if a backend was asked for explicitly that cannot serve this call.
+    """
+    device = x.device.type
+    backend = _COMPILED.get((op, device), "reference")
+    if backend != "reference" and _dtype_refusal(x, parameters):
+        backend = "reference"
+    if _forced is not None and _forced != backend:
+        if _forced != "reference":
+            reason = _device_refusal(_forced, op, device) or _dtype_refusal(x, parameters)
+            raise ValueError(
+                f"backend {_forced!r} was asked for, but it cannot serve {op} of this {device} tensor: {reason};"
+                " choose 'reference', or leave the choice to tpcore"
+            )
+        backend = _forced
+    if _recorder is not None:
+        _recorder.append((op, backend))
+    return backend
+
+
+@contextmanager
+def use_backend(name: Backend) -> Iterator[None]:
+    """Makes every op inside the block run on one backend, in the whole process.
+
+    Raises:
+        ValueError: if there is no such backend. An op that the backend cannot serve raises when it is called.
+    """
+    global _forced
+    previous, _forced = _forced, _parse(name, "the backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+@contextmanager
+def record_backends() -> Iterator[list[tuple[str, str]]]:
+    """Collects (op, backend) for every call inside the block; costs nothing outside one.
+
+    Calls inside a compiled graph are recorded while it is traced, not when it runs.
+    """
+    global _recorder
+    previous, _recorder = _recorder, []
+    try:
+        yield _recorder
+    finally:
+        _recorder = previous
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Who serves one op on one device type.
+
+    Attributes:
+        op: the public op.
+        device: "cpu" or "cuda".
+        serves: the backend that is used for tensors of that device.
+        refusals: every other backend -> why it is not used.
+    """
+
+    op: str
+    device: str
+    serves: str
+    refusals: dict[str, str]
+
+
+def explain() -> list[Explanation]:
+    """Says for every op, on every device type present, which backend serves it and why the others do not."""
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return [_explain(op, device) for op in OPS for device in devices]
+
+
+def _explain(op: str, device: str) -> Explanation:
+    compiled = _COMPILED.get((op, device), "reference")
+    serves = compiled if _forced is None else _forced
+    refusals = {}
+    for backend in BACKENDS:
+        if backend == serves:
+            continue
+        if _forced is not None:
+            refusals[backend] = f"{_forced!r} was asked for explicitly"
+        else:
+            refusals[backend] = _device_refusal(backend, op, device) or f"{serves!r} is preferred"
+    return Explanation(op, device, serves, refusals)

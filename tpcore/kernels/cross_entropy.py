@@ -1,0 +1,145 @@
+"""Cross entropy over a vocabulary that may be split over processes, in one read of the logits.
+
+Each shard reduces its columns to four numbers per token: the maximum m, d = sum exp(logit - m), the logit of the target
+(0 if another shard holds it) and the sum of its logits. `combine` turns them into the same four over all shards; with
+tensor parallelism that is one small collective, 16 bytes per token, and without it nothing. Then
+
+    lse = m + log d,    loss = lse - (1 - ls) * target_logit - ls / num_classes * sum_logits
+
+where ls is the label smoothing and num_classes the size of the whole vocabulary. Backward needs no communication:
+
+    grad_logits = grad_loss * (exp(logits - lse) - (1 - ls) * [column is the target] - ls / num_classes)
+
+Saved for backward: the logits and lse, not a softmax. This split of the work at the point where the shards meet is why
+kernels need not know of process groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tpcore.kernels import reference
+from tpcore.kernels.autocast import without_autocast
+from tpcore.kernels.backend import choose
+
+Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
+Combine = Callable[[Tensor, Tensor, Tensor, Tensor], Statistics]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        vocab_start: int,
+        num_classes: int,
+        ignore_index: int,
+        label_smoothing: float,
+        combine: Combine | None,
+        native: bool,
+    ) -> Tensor:
+        ops = torch.ops.tpcore if native else reference
+        with without_autocast(logits.device.type):
+            statistics = ops.cross_entropy_statistics(
+                logits, target, vocab_start, num_classes, ignore_index
+            )
+            if combine is not None:
+                statistics = combine(*statistics)
+            maximum, sum_exp, target_logit, sum_logits = statistics
+            log_sum_exp = maximum + sum_exp.log()
+            loss = log_sum_exp - (1.0 - label_smoothing) * target_logit
+            if label_smoothing > 0:
+                loss = loss - label_smoothing / num_classes * sum_logits
+            loss = loss.masked_fill(target == ignore_index, 0.0)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, log_sum_exp)
+        ctx.constants = vocab_start, num_classes, ignore_index, label_smoothing
+        ctx.native = native
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_logits = None
+        if grad_loss is not None:
+            logits, target, log_sum_exp = ctx.saved_tensors
+            ops = torch.ops.tpcore if ctx.native else reference
+            with without_autocast(logits.device.type):
+                grad_logits = ops.cross_entropy_backward(
+                    grad_loss, logits, target, log_sum_exp, *ctx.constants
+                )
+        return grad_logits, None, None, None, None, None, None, None
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    vocab_start: int = 0,
+    num_classes: int | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    combine: Combine | None = None,
+) -> Tensor:
+    """Per-token cross entropy of a shard of the vocabulary.
+
+    Args:
+        logits: [t, v/tp], float32, bfloat16, float16 or float64; statistics in float32 (float64 for float64).
+        target: int64 [t], global class ids.
+        vocab_start: global id of the first column.
+        num_classes: size of the whole vocabulary; columns with a global id from there on (padding) are left out. By
+            default the columns of logits, which is only right where there is one shard.
+        ignore_index: tokens with this target have loss 0 and no gradient.
+        label_smoothing: weight of the uniform distribution over the num_classes classes, 0 <= label_smoothing < 1.
+        combine: turns (max, sum_exp, target_logit, sum_logits) of this shard into those of all shards; None where
+            this shard is the whole vocabulary.
+
+    Returns:
+        loss [t], float32 (float64 for float64 logits), also under autocast. A target that is no class gives NaN
+        where it cannot be checked without waiting for the device.
+
+    Raises:
+        ValueError: if shapes or dtypes do not fit, num_classes is missing on a shard, or (on the CPU) a target is
+            neither a class nor ignore_index.
+    """
+    if logits.dim() != 2 or target.shape != logits.shape[:1]:
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)} and target {tuple(target.shape)}; expected [t, v] and [t]"
+        )
+    if target.dtype != torch.int64:
+        raise ValueError(f"target is {target.dtype}; expected int64")
+    if not 0.0 <= label_smoothing < 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing}; expected 0 <= label_smoothing < 1")
+    if num_classes is None:
+        if combine is not None or vocab_start != 0:
+            raise ValueError(
+                "num_classes is None on a shard of the vocabulary; pass the size of the whole vocabulary"
+            )
+        num_classes = logits.shape[1]
+    elif combine is None and not 0 < num_classes - vocab_start <= logits.shape[1]:
+        raise ValueError(
+            f"logits holds the classes {vocab_start}..{vocab_start + logits.shape[1] - 1} of num_classes={num_classes};"
+            " pass combine to join it with the other shards"
+        )
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_targets(target, num_classes, ignore_index)
+    native = choose("cross_entropy", logits) != "reference"
+    return _CrossEntropy.apply(
+        logits, target, vocab_start, num_classes, ignore_index, label_smoothing, combine, native
+    )
+
+
+def _check_targets(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    invalid = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
+    if invalid.any():
+        position = int(invalid.nonzero()[0])
+        raise ValueError(
+            f"target[{position}] is {int(target[position])}; expected a class 0..{num_classes - 1} or"
+            f" ignore_index={ignore_index}"
+        )
