@@ -1,0 +1,1 @@
+"""Fine-tuning: configuration, optimizer, schedule, run folders and the training loop."""

@@ -1,0 +1,323 @@
+"""The configuration of a run: dataclasses that name and document every key.
+
+Keys have the names that NeMo users know. Relative paths are relative to the working directory.
+`read_config.load_config` makes a `TrainConfig` from a file and overrides. No torch here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from tpcore.train.schedule import SCHEDULES
+
+TASKS = ("text_classification",)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; one line that says what, where and what to do."""
+
+
+@dataclass
+class LanguageModelConfig:
+    """model.language_model: the encoder to start from."""
+
+    pretrained_model_name: str | None = None
+    """Name of a released encoder, or a checkpoint folder; gives configuration and case."""
+    lm_checkpoint: str | None = None
+    """Checkpoint to start from: any file or folder that `tpcore inspect` reads."""
+    config_file: str | None = None
+    """JSON file with the sizes of the encoder, for checkpoints that do not hold them."""
+    config: dict[str, Any] | None = None
+    """The same as a mapping; without a checkpoint the encoder starts from random weights."""
+
+
+@dataclass
+class TokenizerConfig:
+    """model.tokenizer: how text becomes tokens."""
+
+    tokenizer_name: str | None = None
+    """Name of a released tokenizer; only its ending, -cased or -uncased, is used."""
+    vocab_file: str | None = None
+    """Vocab.txt, one token a line; null: the one that lies beside the checkpoint."""
+    do_lower_case: bool | None = None
+    """Lower the case of the text; null: as the vocabulary."""
+
+
+@dataclass
+class DatasetConfig:
+    """model.dataset: what all data files have in common."""
+
+    num_classes: int | None = None
+    """Number of labels, checked; null: those of the data."""
+    max_seq_length: int = 256
+    """Longer texts are cut to so many tokens, special ones included."""
+    class_balancing: str | None = None
+    """null, or `weighted_loss`: weigh each class by the inverse of its frequency."""
+
+
+@dataclass
+class ClassLabelsConfig:
+    """model.class_labels: names of the classes."""
+
+    class_labels_file: str | None = None
+    """File with one label a line, in the order of their ids; null: sorted as in the data."""
+
+
+@dataclass
+class DataConfig:
+    """model.validation_ds and model.test_ds: data to evaluate on."""
+
+    file_path: str | None = None
+    """The data file."""
+    batch_size: int = 32
+    """Examples of one batch, over all data-parallel ranks together; never cut by their number."""
+    num_samples: int = -1
+    """Use only the first so many examples; -1: all."""
+
+
+@dataclass
+class TrainDataConfig(DataConfig):
+    """model.train_ds: data to learn from."""
+
+    shuffle: bool = True
+    """A new order in every epoch, decided by the seed alone."""
+
+
+@dataclass
+class ClassifierHeadConfig:
+    """model.classifier_head: the new layer on top of the encoder."""
+
+    fc_dropout: float | None = None
+    """Dropout before the classifier; null: the hidden dropout of the encoder."""
+
+
+@dataclass
+class SchedConfig:
+    """model.optim.sched: the learning rate over time; formulas in `schedule`."""
+
+    name: str = "WarmupAnnealing"
+    """WarmupAnnealing (linear fall), CosineAnnealing, SquareRootAnnealing,
+    PolynomialDecayAnnealing, InverseSquareRootAnnealing or constant."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up."""
+    warmup_ratio: float | None = None
+    """The same as a fraction of all steps; not both."""
+    min_lr: float = 0.0
+    """The learning rate does not fall below this."""
+    power: float = 1.0
+    """Exponent of PolynomialDecayAnnealing."""
+
+
+@dataclass
+class OptimConfig:
+    """model.optim: how weights follow gradients."""
+
+    name: str = "adamw"
+    """`adamw`, or `adam`: weight decay added to the gradient."""
+    lr: float = 5e-5
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Decay of the two moments."""
+    weight_decay: float = 0.01
+    """Of matrices and embeddings; norms and biases have none."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    sched: SchedConfig = field(default_factory=SchedConfig)
+
+
+@dataclass
+class ModelConfig:
+    """model: encoder, data and optimizer."""
+
+    tensor_model_parallel_size: int | None = None
+    """Ranks over which each layer is split; null: all of them."""
+    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    class_labels: ClassLabelsConfig = field(default_factory=ClassLabelsConfig)
+    train_ds: TrainDataConfig = field(default_factory=TrainDataConfig)
+    validation_ds: DataConfig = field(default_factory=DataConfig)
+    test_ds: DataConfig = field(default_factory=DataConfig)
+    classifier_head: ClassifierHeadConfig = field(default_factory=ClassifierHeadConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass
+class TrainerConfig:
+    """trainer: the training loop and the machine."""
+
+    max_epochs: int = 3
+    """Passes over the training data."""
+    max_steps: int = -1
+    """Stop after so many optimizer steps; -1: by max_epochs alone."""
+    accumulate_grad_batches: int = 1
+    """Batches whose gradients make one optimizer step."""
+    gradient_clip_val: float | None = 1.0
+    """Largest global gradient norm; null: no clipping."""
+    precision: str = "32"
+    """32, or bf16-mixed: bfloat16 arithmetic on fp32 weights."""
+    val_check_interval: float = 1.0
+    """Validate after this fraction of an epoch; above 1: after so many optimizer steps."""
+    log_every_n_steps: int = 10
+    """A line in metrics.jsonl and on the console every n steps."""
+    seed: int = 1234
+    """Of initialisation, data order and dropout."""
+    accelerator: str = "auto"
+    """`auto`, `cpu` or `gpu`."""
+    num_threads: int | None = None
+    """CPU threads of each rank; null: cores / ranks."""
+    enable_progress_bar: bool = True
+    """A progress bar where the console is a terminal."""
+
+
+@dataclass
+class CheckpointCallbackConfig:
+    """exp_manager.checkpoint_callback_params: which checkpoints are kept."""
+
+    monitor: str | None = None
+    """Metric that chooses the best; null: the metric of the task."""
+    mode: str | None = None
+    """`max` or `min`; null: what suits the metric."""
+    save_top_k: int = 1
+    """How many of the best checkpoints to keep; 0: none."""
+    save_last: bool = True
+    """Keep <name>-last.ckpt, rewritten after each validation."""
+
+
+@dataclass
+class ExpManagerConfig:
+    """exp_manager: where the run goes, `<exp_dir>/<name>/<version>`."""
+
+    exp_dir: str = "runs"
+    """Folder of all runs."""
+    name: str = "default"
+    """Name of the experiment: a folder, and the start of file names."""
+    version: str | None = None
+    """Folder of this run; null: date and time of its start."""
+    checkpoint_callback_params: CheckpointCallbackConfig = field(
+        default_factory=CheckpointCallbackConfig
+    )
+
+
+@dataclass
+class TrainConfig:
+    """All keys of `tpcore finetune`."""
+
+    task: str = MISSING
+    """What is learnt: text_classification."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+
+
+def shown_source(key: str, sources: Mapping[str, str]) -> str:
+    """` (place)` where `key` was set, for messages; empty where it has its default."""
+    return f" ({sources[key]})" if key in sources else ""
+
+
+def check_values(config: TrainConfig, sources: Mapping[str, str]) -> None:
+    """Ranges and choices; what depends on data or checkpoint is checked where they are read."""
+    model, trainer, optim = config.model, config.trainer, config.model.optim
+    params = config.exp_manager.checkpoint_callback_params
+
+    def check(ok: bool, key: str, expected: str) -> None:
+        if not ok:
+            value: Any = config
+            for name in key.split("."):
+                value = getattr(value, name)
+            raise ConfigError(f"{key}={value!r}{shown_source(key, sources)}: expected {expected}")
+
+    def one_of(key: str, value: Any, choices: Sequence[Any]) -> None:
+        near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        shown = ", ".join("null" if choice is None else str(choice) for choice in choices)
+        check(value in choices, key, f"one of {shown}{hint}")
+
+    one_of("task", config.task, TASKS)
+    tp_size = model.tensor_model_parallel_size
+    check(tp_size is None or tp_size > 0, "model.tensor_model_parallel_size", "a positive number")
+    for part in ("train_ds", "validation_ds", "test_ds"):
+        data: DataConfig = getattr(model, part)
+        check(data.batch_size > 0, f"model.{part}.batch_size", "a positive number of examples")
+        check(
+            data.num_samples > 0 or data.num_samples == -1,
+            f"model.{part}.num_samples",
+            "a positive number of examples, or -1 for all",
+        )
+    one_of("model.dataset.class_balancing", model.dataset.class_balancing, (None, "weighted_loss"))
+    check(model.dataset.max_seq_length >= 3, "model.dataset.max_seq_length", "at least 3 tokens")
+    num_classes = model.dataset.num_classes
+    check(num_classes is None or num_classes > 1, "model.dataset.num_classes", "at least 2")
+    dropout = model.classifier_head.fc_dropout
+    check(
+        dropout is None or 0 <= dropout < 1,
+        "model.classifier_head.fc_dropout",
+        "a probability below 1",
+    )
+    one_of("model.optim.name", optim.name, ("adamw", "adam"))
+    check(0 < optim.lr < math.inf, "model.optim.lr", "a positive number")
+    check(
+        len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas),
+        "model.optim.betas",
+        "two numbers in [0, 1)",
+    )
+    check(optim.weight_decay >= 0, "model.optim.weight_decay", "zero or a positive number")
+    check(optim.eps > 0, "model.optim.eps", "a positive number")
+    one_of("model.optim.sched.name", optim.sched.name, tuple(SCHEDULES))
+    if optim.sched.warmup_steps is not None and optim.sched.warmup_ratio is not None:
+        raise ConfigError("model.optim.sched has both warmup_steps and warmup_ratio; give one")
+    steps, ratio = optim.sched.warmup_steps, optim.sched.warmup_ratio
+    check(steps is None or steps >= 0, "model.optim.sched.warmup_steps", "zero or more steps")
+    check(
+        ratio is None or 0 <= ratio <= 1, "model.optim.sched.warmup_ratio", "a fraction of 0 to 1"
+    )
+    check(
+        0 <= optim.sched.min_lr <= optim.lr,
+        "model.optim.sched.min_lr",
+        f"a number from 0 to model.optim.lr={optim.lr}",
+    )
+    check(trainer.max_epochs > 0, "trainer.max_epochs", "a positive number")
+    check(
+        trainer.max_steps > 0 or trainer.max_steps == -1,
+        "trainer.max_steps",
+        "a positive number of steps, or -1 for no limit",
+    )
+    check(trainer.accumulate_grad_batches > 0, "trainer.accumulate_grad_batches", "at least 1")
+    clip = trainer.gradient_clip_val
+    check(clip is None or clip > 0, "trainer.gradient_clip_val", "a positive number, or null")
+    one_of("trainer.precision", trainer.precision, ("32", "bf16-mixed"))
+    interval = trainer.val_check_interval
+    check(
+        0 < interval <= 1 or (interval > 1 and interval == int(interval)),
+        "trainer.val_check_interval",
+        "a fraction of an epoch, or a whole number of steps above 1",
+    )
+    check(trainer.seed >= 0, "trainer.seed", "zero or a positive number")
+    check(trainer.log_every_n_steps > 0, "trainer.log_every_n_steps", "a positive number of steps")
+    one_of("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "gpu"))
+    check(
+        trainer.num_threads is None or trainer.num_threads > 0,
+        "trainer.num_threads",
+        "a positive number of threads, or null",
+    )
+    one_of("exp_manager.checkpoint_callback_params.mode", params.mode, (None, "max", "min"))
+    check(
+        params.save_top_k >= 0,
+        "exp_manager.checkpoint_callback_params.save_top_k",
+        "zero or a positive number",
+    )
+    for key, text in (
+        ("exp_manager.name", config.exp_manager.name),
+        ("exp_manager.version", config.exp_manager.version),
+    ):
+        check(
+            text is None or (bool(text) and "/" not in text and text not in (".", "..")),
+            key,
+            "a name without /",
+        )
