@@ -93,7 +93,8 @@ class ColumnParallelLinear(nn.Module):
 
     def own_sharding(self) -> dict[str, Sharding]:
         """Rows of the weight and of the bias are split."""
-        return {"weight": Sharded(0)} | ({} if self.bias is None else {"bias": Sharded(0)})
+        names = ("weight",) if self.bias is None else ("weight", "bias")
+        return dict.fromkeys(names, Sharded(0))
 
     def forward(self, x: Tensor) -> Any:
         """X [..., in] -> Y [..., out/tp] ([..., out] if gathered), or (Y, bias)."""

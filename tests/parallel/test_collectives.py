@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.helpers.ranks import run_ranks
+from tpcore.parallel import collectives
+from tpcore.parallel.collectives import (
+    all_gather,
+    all_reduce,
+    all_reduce_in_place,
+    barrier,
+    broadcast,
+    reduce_scatter,
+    start_all_reduce,
+    wait,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64]
+
+# name -> (arguments after tp, kind of value before, kind after); the kinds are explained in
+# tpcore/parallel/collectives.py.
+AUTOGRAD = {
+    "copy_to": ((), "one", "copies"),
+    "reduce_from": ((), "parts", "one"),
+    "scatter_to": ((-1,), "one", "shards"),
+    "gather_from": ((-1,), "shards", "one"),
+    "gather_from_sequence": ((), "shards", "copies"),
+    "reduce_scatter_to_sequence": ((), "parts", "shards"),
+    "scatter_to_sequence": ((), "one", "shards"),
+}
+
+
+def _of_rank(rank: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Small integers [4, 8], another table on each rank; their sums are exact in every dtype."""
+    return ((torch.arange(32).view(4, 8) * 7 + rank * 5) % 11).to(dtype)
+
+
+def _strided(x: torch.Tensor) -> torch.Tensor:
+    """The same values with the strides of a transposed tensor."""
+    y = x.t().contiguous().t()
+    assert not y.is_contiguous()
+    return y
+
+
+def _check_raw(tp, dtype):
+    every = [_of_rank(rank, dtype) for rank in range(tp.size)]
+    mine = _of_rank(tp.rank, dtype)
+    for x in (mine.clone(), _strided(mine)):
+        assert torch.equal(all_reduce(x, tp), sum(every))
+        assert torch.equal(all_reduce(x, tp, "max"), torch.stack(every).amax(0))
+        assert torch.equal(all_gather(x, tp), torch.cat(every))
+        assert torch.equal(all_gather(x, tp, dim=-1), torch.cat(every, dim=-1))
+        assert torch.equal(reduce_scatter(x, tp), sum(every).chunk(tp.size)[tp.rank])
+        for source in range(tp.size):
+            assert torch.equal(broadcast(x, tp, source), every[source])
+        assert torch.equal(x, mine), "a collective modified its input"
+        assert all_reduce(x, tp).dtype == dtype
+    assert all_reduce(torch.ones(3, 0, dtype=dtype), tp).shape == (3, 0)
+    buffer = mine.clone()
+    assert all_reduce_in_place(buffer, tp) is buffer
+    assert torch.equal(buffer, sum(every))
+    barrier(tp)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_raw_collectives(size, dtype):
+    run_ranks(_check_raw, size, dtype)
+
+
+def _check_started_all_reduce_overlaps(tp):
+    x = _of_rank(tp.rank)
+    started = start_all_reduce(x, tp)
+    product = x.t() @ x
+    assert torch.equal(wait(started), sum(_of_rank(rank) for rank in range(tp.size)))
+    assert torch.equal(product, x.t() @ x)
+
+
+def test_work_between_start_and_wait():
+    run_ranks(_check_started_all_reduce_overlaps, 2)
+
+
+def _expected(name, rank, size, mine, every):
+    return {
+        "copy_to": lambda: mine,
+        "reduce_from": lambda: sum(every),
+        "scatter_to": lambda: mine.chunk(size, -1)[rank],
+        "gather_from": lambda: torch.cat(every, -1),
+        "gather_from_sequence": lambda: torch.cat(every),
+        "reduce_scatter_to_sequence": lambda: sum(every).chunk(size)[rank],
+        "scatter_to_sequence": lambda: mine.chunk(size)[rank],
+    }[name]()
+
+
+def _check_forward(tp, name, dtype):
+    function = getattr(collectives, name)
+    args, before, _ = AUTOGRAD[name]
+    every = [_of_rank(0 if before == "one" else rank, dtype) for rank in range(tp.size)]
+    mine = every[tp.rank]
+    for x in (mine.clone(), _strided(mine)):
+        y = function(x.requires_grad_(), tp, *args)
+        assert torch.equal(y, _expected(name, tp.rank, tp.size, mine, every))
+        y.sum().backward()
+        assert x.grad.shape == x.shape
+        assert torch.equal(x, mine)
+    assert not function(mine, tp, *args).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", AUTOGRAD)
+def test_forward(name, size, dtype):
+    run_ranks(_check_forward, size, name, dtype)
+
+
+def _value(kind, shape, tp, seed):
+    """A random value of one kind: equal on all ranks, or another one on each."""
+    own = 0 if kind == "one" else tp.rank
+    generator = torch.Generator().manual_seed(1000 * seed + own)
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+
+def _inner_product(a, b, kind, tp):
+    local = (a * b).sum().view(1)
+    return local if kind == "one" else all_reduce(local, tp)
+
+
+def _check_adjoint(tp, name):
+    function = getattr(collectives, name)
+    args, before, after = AUTOGRAD[name]
+    x = _value(before, (8, 12), tp, seed=1).requires_grad_()
+    output = function(x, tp, *args)
+    y = _value(after, output.shape, tp, seed=2)
+    (pulled_back,) = torch.autograd.grad(output, x, y)
+    left = _inner_product(output.detach(), y, after, tp)
+    right = _inner_product(x.detach(), pulled_back, before, tp)
+    torch.testing.assert_close(left, right, rtol=1e-13, atol=0)
+    assert left.abs().item() > 1e-3
+    if before == "one":
+        everyone = all_gather(pulled_back[None], tp)
+        assert all(torch.equal(other, pulled_back) for other in everyone), (
+            "ranks got other gradients"
+        )
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", AUTOGRAD)
+def test_backward_is_the_adjoint(name, size):
+    run_ranks(_check_adjoint, size, name)
+
+
+def _check_uneven(tp):
+    with pytest.raises(ValueError, match="size of 2; use 1 or 5"):
+        collectives.scatter_to(torch.zeros(4, 5), tp)
+    with pytest.raises(ValueError, match="the size of dim 0=5 cannot be split"):
+        collectives.reduce_scatter_to_sequence(torch.zeros(5, 4), tp)
+
+
+def test_a_dimension_that_does_not_divide_is_refused():
+    run_ranks(_check_uneven, 2)
+
+
+def _compiled_body(x, tp):
+    y = collectives.copy_to(x, tp) * 2
+    return collectives.reduce_from(y * y, tp)
+
+
+def _check_compiled(tp):
+    compiled = torch.compile(_compiled_body, backend="aot_eager", fullgraph=True)
+    results = []
+    for function in (_compiled_body, compiled):
+        x = _of_rank(tp.rank).requires_grad_()
+        y = function(x, tp)
+        y.sum().backward()
+        results.append((y.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_compiles_to_one_graph():
+    run_ranks(_check_compiled, 2)
