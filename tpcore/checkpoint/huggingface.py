@@ -1,0 +1,286 @@
+"""Hugging Face folders of BERT and MegatronBert: config.json with safetensors or a torch pickle.
+
+The two models are one encoder: `BertModel` is post-layernorm with its norms counted from the
+residual they follow (see `names.BERT`), `MegatronBertModel` is pre-layernorm. Heads for
+pre-training, masked LM, sequence and token classification and question answering are read and
+written.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tpcore.checkpoint import names, qkv
+from tpcore.checkpoint.errors import CheckpointError
+from tpcore.checkpoint.fields import Fields
+from tpcore.checkpoint.huggingface_config import (
+    CLASSES,
+    TABLES,
+    architecture_from_fields,
+    config_from_fields,
+    config_values,
+    head_from_fields,
+    labels_from_fields,
+    model_type_from_fields,
+    model_type_of,
+    read_json,
+)
+from tpcore.checkpoint.state import (
+    HEADS,
+    CanonicalState,
+    Source,
+    StoredTensor,
+    check_complete,
+    check_head,
+    find_head,
+    sizes_from_shapes,
+    tokenizer_files,
+)
+from tpcore.checkpoint.unpickle import load_pickle
+from tpcore.models.config import BertConfig
+
+CONFIG = "config.json"
+SAFETENSORS = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+INDEX_SUFFIX = ".index.json"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def recognise(path: Path) -> bool:
+    """Whether `path` is such a folder, or the weights in one."""
+    folder = _folder(path)
+    return (folder / CONFIG).is_file() and _weights_file(folder) is not None
+
+
+def read(path: Path) -> CanonicalState:
+    """Read a folder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, the model is not a BERT encoder, or a
+            parameter is not accounted for.
+    """
+    folder = _folder(path)
+    where = str(folder)
+    fields = Fields(read_json(folder / CONFIG), str(folder / CONFIG), prefix="")
+    stored = _stored_tensors(folder)
+    spelled = names.apply_aliases(stored, names.HUGGINGFACE_ALIASES, where)
+    model_type = model_type_from_fields(fields, spelled, where)
+    num_layers = names.count_layers(spelled, where)
+    keys = names.translate(spelled, names.expand(TABLES[model_type], num_layers), where)
+
+    copies = {
+        target: stored[spelled[key]].read
+        for key, target in names.HUGGINGFACE_TIED.items()
+        if key in spelled
+    }
+    tensors = {name: stored[key] for name, key in keys.items()}
+    if "head.lm.bias" in copies and "head.lm.bias" not in tensors:
+        # Newer files name the tied bias after the decoder.
+        del copies["head.lm.bias"]
+        tensors["head.lm.bias"] = stored[spelled["cls.predictions.decoder.bias"]]
+    if "head.lm.dense.weight" not in tensors:
+        copies = {}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    sizes = sizes_from_shapes(shapes, num_layers, where)
+    config = config_from_fields(fields, model_type, sizes, "pooler.dense.weight" in tensors)
+    _join_qkv(tensors, config, where)
+    head, head_kwargs = head_from_fields(fields, find_head(tensors), tensors)
+    tokenizer_config = folder / "tokenizer_config.json"
+    lowercase = None
+    if tokenizer_config.is_file():
+        flags = read_json(tokenizer_config)
+        lowercase = flags.get("do_lower_case") if "do_lower_case" in flags else None
+    return check_complete(
+        CanonicalState(
+            config=config,
+            head=head,
+            head_kwargs=head_kwargs,
+            labels=labels_from_fields(fields, head_kwargs.get("num_labels")),
+            tensors=tensors,
+            copies=copies,
+            source=Source(
+                path=folder,
+                format=f"Hugging Face {CLASSES[model_type]}",
+                version=fields.text("transformers_version") or "",
+                qkv_layout="separate q, k, v",
+                lowercase=lowercase if isinstance(lowercase, bool) else None,
+                notes=(f"architecture: {architecture_from_fields(fields) or 'not said'}",),
+                tokenizer_files=tokenizer_files([folder]),
+            ),
+        )
+    )
+
+
+def check_writable(state: CanonicalState) -> dict[str, str]:
+    """Canonical name (q, k and v apart) -> name in the file; an error before anything is written.
+
+    Raises:
+        CheckpointError: transformers has no such head or no such encoder.
+    """
+    where = state.source.path
+    config = state.config
+    check_head(state, HEADS)
+    if config.num_token_types == 0:
+        raise CheckpointError(
+            f"{where}: the model has no token types; transformers has no BERT without them"
+        )
+    expanded = names.expand(TABLES[model_type_of(config)], config.num_layers)
+    inverse = {target: key for key, target in expanded.items() if target is not None}
+    known = {name.replace(".qkv.query.", ".qkv.") for name in inverse}
+    unknown = [name for name in state.tensors if name not in known]
+    if unknown:
+        raise CheckpointError(
+            f"{where}: a Hugging Face folder has no place for {names.listing(unknown)}"
+        )
+    return inverse
+
+
+def content(state: CanonicalState) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `save` writes: config.json's values, and the tensors by name."""
+    inverse = check_writable(state)
+    prefix = "" if state.head is None else "bert."
+    num_heads = state.config.num_attention_heads
+
+    def key_of(name: str) -> str:
+        key = inverse[name]
+        return key if name.startswith("head.") else prefix + key
+
+    tensors: dict[str, Tensor] = {}
+    for name in state.tensors:
+        full = state.full(name, state.config.vocab_size)
+        match = re.fullmatch(r"(.*\.qkv)\.(weight|bias)", name)
+        if match is None:
+            # Owns its memory: safetensors refuses tensors that share theirs.
+            tensors[key_of(name)] = full.clone(memory_format=torch.contiguous_format)
+            continue
+        parts = qkv.split(full, num_heads)
+        for part, tensor in zip(names.QKV_PARTS, parts, strict=True):
+            tensors[key_of(f"{match.group(1)}.{part}.{match.group(2)}")] = tensor
+    dtype = next(iter(tensors.values())).dtype
+    return config_values(state, dtype), tensors
+
+
+def save(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write config.json and model.safetensors."""
+    save_file(dict(tensors), folder / SAFETENSORS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def _folder(path: Path) -> Path:
+    return path.parent if path.name in (SAFETENSORS, PICKLE, CONFIG) else path
+
+
+def _weights_file(folder: Path) -> Path | None:
+    for name in (SAFETENSORS, SAFETENSORS + INDEX_SUFFIX, PICKLE, PICKLE + INDEX_SUFFIX):
+        if (folder / name).is_file():
+            return folder / name
+    return None
+
+
+def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder by its name in the file, none of them read."""
+    file = _weights_file(folder)
+    if file is None:
+        raise CheckpointError(f"{folder}: holds neither {SAFETENSORS} nor {PICKLE}")
+    if not file.name.endswith(INDEX_SUFFIX):
+        return _read_weights(file)
+    shards = read_json(file).get("weight_map")
+    if not isinstance(shards, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in shards.values()
+    ):
+        raise CheckpointError(f"{file}: has no weight_map from parameters to file names")
+    stored: dict[str, StoredTensor] = {}
+    for name in sorted(set(shards.values())):
+        for key, tensor in _read_weights(folder / name).items():
+            if shards.get(key) != name:
+                raise CheckpointError(
+                    f"{folder / name}: holds {key}, which the index puts elsewhere"
+                )
+            stored[key] = tensor
+    missing = shards.keys() - stored.keys()
+    if missing:
+        raise CheckpointError(f"{file}: lists {names.listing(sorted(missing))}, found in no file")
+    return stored
+
+
+def _read_weights(file: Path) -> dict[str, StoredTensor]:
+    if file.suffix != ".safetensors":
+        return _read_pickle(file)
+    try:
+        handle = safe_open(file, framework="pt", device="cpu")
+        slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
+        return {
+            key: StoredTensor(
+                tuple(part.get_shape()),
+                _DTYPES.get(part.get_dtype(), torch.uint8),
+                partial(handle.get_tensor, key),
+            )
+            for key, part in slices.items()
+        }
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: not a readable safetensors file, truncated or damaged ({error})"
+        ) from error
+
+
+def _read_pickle(file: Path) -> dict[str, StoredTensor]:
+    loaded = load_pickle(file)
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, not a dict of tensors")
+    stored: dict[str, StoredTensor] = {}
+    for key, value in loaded.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{file}: {key!r:.80} is a {type(value).__name__}, not a tensor")
+        if value.numel() * value.element_size() > file.stat().st_size:
+            raise CheckpointError(
+                f"{file}: {key} claims shape {list(value.shape)}, more than is there"
+            )
+        stored[key] = StoredTensor(tuple(value.shape), value.dtype, value.detach)
+    return stored
+
+
+def _join_qkv(tensors: dict[str, StoredTensor], config: BertConfig, where: str) -> None:
+    """Replace the separate q, k and v of every layer by one canonical qkv."""
+    hidden = config.hidden_size
+    for layer in range(config.num_layers):
+        for kind, shape in (("weight", (hidden, hidden)), ("bias", (hidden,))):
+            base = f"blocks.{layer}.attention.qkv"
+            part_names = [f"{base}.{part}.{kind}" for part in names.QKV_PARTS]
+            missing = [name for name in part_names if name not in tensors]
+            if missing:
+                raise CheckpointError(f"{where}: missing parameters: {names.listing(missing)}")
+            parts = [tensors.pop(name) for name in part_names]
+            for name, part in zip(part_names, parts, strict=True):
+                if part.shape != shape or part.dtype != parts[0].dtype:
+                    raise CheckpointError(
+                        f"{where}: {name} has shape {list(part.shape)}, dtype {part.dtype}; "
+                        f"expected {list(shape)}, {parts[0].dtype}"
+                    )
+            tensors[f"{base}.{kind}"] = StoredTensor(
+                (3 * hidden, *shape[1:]),
+                parts[0].dtype,
+                partial(_read_qkv, parts, config.num_attention_heads),
+            )
+
+
+def _read_qkv(parts: list[StoredTensor], num_heads: int) -> Tensor:
+    query, key, value = (part.read() for part in parts)
+    return qkv.join(query, key, value, num_heads)
