@@ -1,0 +1,308 @@
+"""The verbs: load, save, inspect, convert."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+
+from tpcore.checkpoint import folders, huggingface, megatron, megatron_files
+from tpcore.checkpoint.build import AUTO, build_model, override_config, state_from_model
+from tpcore.checkpoint.errors import CheckpointError
+from tpcore.checkpoint.info import CheckpointInfo
+from tpcore.checkpoint.state import CanonicalState, Source
+from tpcore.models.bert import BertModel
+from tpcore.parallel.collectives import all_reduce
+from tpcore.parallel.group import TensorParallelGroup
+
+Format = Literal["megatron", "huggingface"]
+FORMATS = ("megatron", "huggingface")
+
+
+def load(
+    path: str | Path,
+    *,
+    tp: TensorParallelGroup | None = None,
+    head: str | None = AUTO,
+    qkv_layout: str | None = None,
+    num_labels: int | None = None,
+    head_kwargs: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **config_overrides: Any,
+) -> BertModel:
+    """Load a checkpoint of any format and any tensor-parallel size into a model of `tp`'s size.
+
+    Every rank calls it and reads only the files; no communication takes place.
+
+    Args:
+        path: a Megatron-LM directory (its root, an iteration, or one file) or a Hugging Face
+            folder. Which one it is shows in its content.
+        tp: the tensor-parallel group; None: a single process.
+        head: "auto" builds the head that the file holds, if any; None leaves it out; a name
+            (`tpcore.models.heads.HEADS`) builds that one, newly initialised if the file has
+            another or none, which one log line says.
+        qkv_layout: order of the q/k/v rows ("v0", "v1", "v3"), for a file that does not tell.
+        num_labels: of a new classification head; must agree with that of the file's own.
+        head_kwargs: further arguments of the head (dropout, regression, binary).
+        device: where the parameters live; None: the CPU.
+        dtype: of the parameters; None: torch's default dtype, whatever the file's is.
+        config_overrides: fields of `BertConfig` that replace what the file says (`gelu`,
+            `hidden_dropout`, `attention_dropout`, `vocab_size` for a file that only knows its
+            padded size, `num_attention_heads` for one that does not say it, ...).
+
+    Raises:
+        CheckpointError: something in the file is damaged, missing, left over or contradicts what
+            was asked for.
+    """
+    tp = TensorParallelGroup.single() if tp is None else tp
+    state = _read(Path(path), qkv_layout, config_overrides)
+    return build_model(
+        state,
+        tp=tp,
+        head=head,
+        num_labels=num_labels,
+        head_kwargs=head_kwargs,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def save(
+    model: BertModel,
+    path: str | Path,
+    *,
+    format: Format = "megatron",
+    tensor_parallel_size: int | None = None,
+    iteration: int | None = None,
+    labels: Sequence[str] | None = None,
+    tokenizer_files: Iterable[str | Path] = (),
+    overwrite: bool = False,
+) -> None:
+    """Write a model as a folder; every rank of the model's tensor-parallel group calls it.
+
+    With Megatron's format and the model's own size each rank writes its own file; otherwise
+    tensors are gathered one after the other and rank 0 writes. The folder appears when all of it
+    is written, or not at all.
+
+    Args:
+        model: the model; its group says which ranks take part.
+        path: the folder to make.
+        format: "megatron" (version 3) or "huggingface".
+        tensor_parallel_size: of the Megatron directory; None: that of the model. A Hugging Face
+            folder has none.
+        iteration: writes iter_XXXXXXX instead of release (Megatron only).
+        labels: names of a classifier's labels, kept in the checkpoint.
+        tokenizer_files: files such as vocab.txt, copied beside the weights.
+        overwrite: replace a checkpoint that is there.
+
+    Raises:
+        CheckpointError: the model does not fit the format or the size, or the folder cannot be
+            written; raised on every rank.
+    """
+    _check_format(format)
+    tp = model.tp
+    destination = Path(path).resolve()
+    source = Source(path=Path("model"), format="tpcore", iteration=iteration)
+    state = state_from_model(model, labels=tuple(labels) if labels else None, source=source)
+    size = tp.size if tensor_parallel_size is None else tensor_parallel_size
+    _check_writable(state, format, size)
+    device = next(model.parameters()).device
+    files = [Path(file) for file in tokenizer_files]
+
+    def prepare() -> None:
+        if tp.rank == 0:
+            _prepare(destination, overwrite)
+
+    def write() -> None:
+        _write(state, folders.pending(destination), format, size, tp, files)
+
+    def publish() -> None:
+        if tp.rank == 0:
+            folders.publish(destination)
+
+    for step in (prepare, write, publish):
+        error = _attempt(step, destination)
+        if _on_any_rank(error is not None, tp, device):
+            # Only what this call made: a destination that could not be prepared is not touched.
+            if tp.rank == 0 and step is not prepare:
+                folders.discard(destination)
+            raise error or CheckpointError(f"{destination}: another rank could not write its part")
+
+
+def inspect(
+    path: str | Path, *, qkv_layout: str | None = None, **config_overrides: Any
+) -> CheckpointInfo:
+    """What a checkpoint holds: format, sizes, configuration, every parameter.
+
+    Reads no tensor where the file can be mapped (all but torch files from before version 1.6).
+
+    Raises:
+        CheckpointError: as `load`.
+    """
+    return CheckpointInfo.from_state(_read(Path(path), qkv_layout, config_overrides))
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: Format,
+    tensor_parallel_size: int = 1,
+    qkv_layout: str | None = None,
+    overwrite: bool = False,
+    **config_overrides: Any,
+) -> CheckpointInfo:
+    """Rewrite a checkpoint in another format or at another tensor-parallel size.
+
+    Tensors keep their dtype and their bits; the files of a tokenizer found beside the source go
+    along. Runs in one process, and needs one rank's shard and one full tensor of memory for a
+    Megatron directory, the model for a Hugging Face folder.
+
+    Args:
+        source: any checkpoint that `load` reads.
+        destination: the folder to make.
+        to: "megatron" or "huggingface".
+        tensor_parallel_size: of the Megatron directory.
+        qkv_layout: as in `load`.
+        overwrite: replace a checkpoint that is there.
+        config_overrides: as in `load`; they are written into the new checkpoint.
+
+    Returns:
+        What was written, as `inspect` finds it.
+
+    Raises:
+        CheckpointError: as `load` and `save`; the destination is then as it was before.
+    """
+    _check_format(to)
+    source, destination = Path(source), Path(destination).resolve()
+    state = _read(source, qkv_layout, config_overrides)
+    _check_writable(state, to, tensor_parallel_size)
+    if source.resolve().is_relative_to(destination):
+        raise CheckpointError(f"{destination}: holds the source {source}; choose another folder")
+    _prepare(destination, overwrite)
+    try:
+        single = TensorParallelGroup.single()
+        _write(
+            state,
+            folders.pending(destination),
+            to,
+            tensor_parallel_size,
+            single,
+            state.source.tokenizer_files,
+        )
+        folders.publish(destination)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise _unwritable(destination, error) from error
+    finally:
+        folders.discard(destination)
+    return inspect(destination)
+
+
+def _read(path: Path, qkv_layout: str | None, overrides: Mapping[str, Any]) -> CanonicalState:
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or directory")
+    if huggingface.recognise(path):
+        if qkv_layout is not None:
+            raise CheckpointError(
+                f"{path}: qkv_layout={qkv_layout!r} has no meaning for a Hugging Face folder, "
+                "which keeps q, k and v apart"
+            )
+        state = huggingface.read(path)
+    elif megatron_files.recognise(path):
+        state = megatron.read(
+            path,
+            qkv_layout=qkv_layout,
+            num_attention_heads=overrides.get("num_attention_heads"),
+        )
+    else:
+        raise CheckpointError(
+            f"{path}: no checkpoint is recognised there; expected a Megatron-LM directory "
+            f"({megatron_files.TRACKER} or mp_rank_XX folders), one of its .pt files, or a "
+            f"Hugging Face folder ({huggingface.CONFIG} with {huggingface.SAFETENSORS} or "
+            f"{huggingface.PICKLE})"
+        )
+    return override_config(state, overrides)
+
+
+def _check_format(name: str) -> None:
+    if name not in FORMATS:
+        raise CheckpointError(f"format {name!r} cannot be written; use one of {', '.join(FORMATS)}")
+
+
+def _check_writable(state: CanonicalState, name: str, size: int) -> None:
+    if name == "huggingface":
+        huggingface.check_writable(state)
+    else:
+        megatron.check_writable(state, size)
+
+
+def _prepare(destination: Path, overwrite: bool) -> None:
+    replaceable = overwrite and (
+        huggingface.recognise(destination) or megatron_files.recognise(destination)
+    )
+    if overwrite and not replaceable and destination.exists() and any(destination.iterdir()):
+        raise CheckpointError(f"{destination}: is no checkpoint; only a checkpoint is overwritten")
+    folders.prepare(destination, replaceable=replaceable)
+
+
+def _write(
+    state: CanonicalState,
+    folder: Path,
+    name: str,
+    size: int,
+    tp: TensorParallelGroup,
+    tokenizer_files: Iterable[Path],
+) -> None:
+    """Write this process's part. Reading is collective, so all of it is done before an error."""
+    errors: list[Exception] = []
+
+    def attempt(function: Callable[..., None], *args: Any) -> None:
+        try:
+            if not errors:
+                function(*args)
+        except Exception as error:
+            errors.append(error)
+
+    if name == "huggingface":
+        values, tensors = huggingface.content(state)
+        if tp.rank == 0:
+            attempt(huggingface.save, folder, values, tensors)
+    else:
+        # Each rank saves its own shard where it has it; otherwise rank 0 saves what all gather.
+        own = state.holds(tp.rank, size, state.padded_rows(size))
+        for rank in [tp.rank] if own else range(size):
+            content = megatron.rank_content(state, size, rank)
+            if own or tp.rank == 0:
+                attempt(megatron.save_rank, folder, content, state, rank)
+    if tp.rank == 0:
+        for file in tokenizer_files:
+            attempt(shutil.copyfile, file, folder / file.name)
+    if errors:
+        raise errors[0]
+
+
+def _attempt(step: Callable[[], None], destination: Path) -> CheckpointError | None:
+    try:
+        step()
+    except CheckpointError as error:
+        return error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        failure = _unwritable(destination, error)
+        failure.__cause__ = error
+        return failure
+    return None
+
+
+def _unwritable(destination: Path, error: Exception) -> CheckpointError:
+    reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[0]
+    return CheckpointError(f"{destination}: cannot be written ({reason})")
+
+
+def _on_any_rank(flag: bool, tp: TensorParallelGroup, device: torch.device) -> bool:
+    """Whether the flag is set on any rank; also makes every rank wait for the others."""
+    return bool(all_reduce(torch.tensor([float(flag)], device=device), tp, "max").item())
