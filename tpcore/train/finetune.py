@@ -1,0 +1,87 @@
+"""From a configuration to a finished run: what each rank does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tpcore.parallel.group import (
+    DataParallelGroup,
+    TensorParallelGroup,
+    destroy_parallel,
+    init_parallel,
+)
+from tpcore.train.config import ConfigError, TrainConfig
+from tpcore.train.launch import environment_int, on_all_ranks, set_num_threads
+from tpcore.train.logging import RunLog
+from tpcore.train.prepare import build_model, prepare
+from tpcore.train.run_state import run_path
+from tpcore.train.trainer import FitResult, Trainer
+
+
+def finetune(config: TrainConfig) -> FitResult:
+    """Fine-tune on the ranks that torchrun started, or in this process alone.
+
+    Raises:
+        ValueError: ConfigError, CheckpointError or DataError, before anything is written.
+        DivergedError: loss or gradient became infinite or NaN.
+    """
+    threads = set_num_threads(config.trainer.num_threads)
+    # All that needs no other rank is checked before there is a process group to wait in.
+    job = prepare(config, environment_int("WORLD_SIZE", 1))
+    device = choose_device(config.trainer.accelerator)
+    tp, dp = start_parallel(job.tensor_parallel_size, device)
+    is_first = tp.rank == 0 and dp.rank == 0
+    log = RunLog(enabled=is_first, progress_bar=config.trainer.enable_progress_bar)
+    for note in job.notes:
+        log.info(note)
+    log.info(
+        f"{tp.size} tensor-parallel x {dp.size} data-parallel rank(s) on {device.type}, "
+        f"{threads} thread(s) each; {job.total_steps} steps"
+    )
+    try:
+        with log.capture():
+            model = on_all_ranks(lambda: build_model(job, tp, device), tp, dp)
+        path = _agree_on_path(run_path(config.exp_manager), tp, dp)
+        result = Trainer(job, model, tp=tp, dp=dp, run_path=path, log=log).fit()
+    finally:
+        log.close()
+    destroy_parallel()
+    return result
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """The device of this rank: a GPU of its own, or the CPU.
+
+    Raises:
+        ConfigError: `gpu` was asked for and there are too few.
+    """
+    local_rank = environment_int("LOCAL_RANK", 0)
+    num_local_ranks = environment_int("LOCAL_WORLD_SIZE", 1)
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if accelerator == "gpu" and num_gpus < num_local_ranks:
+        raise ConfigError(
+            f"trainer.accelerator=gpu: {num_local_ranks} rank(s) on this machine, but {num_gpus} "
+            "CUDA device(s); start fewer ranks, or use trainer.accelerator=cpu"
+        )
+    if accelerator == "cpu" or num_gpus < num_local_ranks:
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+def start_parallel(
+    tensor_parallel_size: int, device: torch.device
+) -> tuple[TensorParallelGroup, DataParallelGroup]:
+    """`init_parallel` with the backend that suits the device."""
+    return init_parallel(tensor_parallel_size, backend="gloo" if device.type == "cpu" else None)
+
+
+def _agree_on_path(path: Path, tp: TensorParallelGroup, dp: DataParallelGroup) -> Path:
+    """Rank 0's path on every rank: each of them has looked at its own clock."""
+    if tp.size * dp.size == 1:
+        return path
+    paths = [str(path)]
+    dist.broadcast_object_list(paths, src=0)
+    return Path(paths[0])

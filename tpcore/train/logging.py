@@ -1,0 +1,162 @@
+"""What a run says: the console and its log file, metrics.jsonl, a progress bar, tables.
+
+Only global rank 0 speaks; the other ranks hold a `RunLog` that does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+LOG_FILE = "log.txt"
+METRICS_FILE = "metrics.jsonl"
+
+
+class RunLog:
+    """Messages, metrics and progress of one run.
+
+    Args:
+        enabled: False: every method does nothing (ranks above 0).
+        progress_bar: Show one where the console is a terminal; elsewhere a line now and then.
+    """
+
+    def __init__(self, *, enabled: bool = True, progress_bar: bool = True) -> None:
+        self.enabled = enabled
+        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._show_bar = progress_bar and self.console.is_terminal
+        self._before_folder: list[str] = []
+        self._log_file: IO[str] | None = None
+        self._metrics_file: IO[str] | None = None
+        self._bar: Progress | None = None
+
+    def open_folder(self, folder: Path) -> None:
+        """Write log.txt and metrics.jsonl from now on; what was said before goes there too."""
+        if not self.enabled:
+            return
+        self._log_file = (folder / LOG_FILE).open("a", encoding="utf-8", buffering=1)
+        self._metrics_file = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
+        self._log_file.writelines(f"{line}\n" for line in self._before_folder)
+        self._before_folder.clear()
+
+    def info(self, text: str) -> None:
+        """One message, or several lines of it."""
+        if not self.enabled:
+            return
+        self.console.print(text, markup=False)
+        self._write(text)
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """Messages of tpcore's own loggers go through `info` inside the block."""
+        logger, handler = logging.getLogger("tpcore"), _Forward(self)
+        logger.addHandler(handler)
+        before, logger.propagate = logger.propagate, False
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.propagate = before
+
+    def metrics(self, record: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl; floats keep all their digits."""
+        if self.enabled and self._metrics_file is not None:
+            self._metrics_file.write(json.dumps(record) + "\n")
+
+    def start_progress(self, total_steps: int) -> None:
+        """Begin the progress bar of a run."""
+        if not (self.enabled and self._show_bar):
+            return
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._bar.add_task("epoch 0", total=total_steps, shown="")
+        self._bar.start()
+
+    def step(self, record: Mapping[str, Any], total_steps: int, *, line: bool) -> None:
+        """Show one finished step: in the bar, or as a line of fixed columns if `line`."""
+        if not self.enabled:
+            return
+        shown = (
+            f"loss {record['train_loss']:8.4f} | lr {record['lr']:.2e} | "
+            f"norm {record['grad_norm']:7.3f} | {record['tokens_per_s']:8.0f} tok/s"
+        )
+        if self._bar is not None:
+            self._bar.update(
+                self._bar.task_ids[0],
+                completed=record["step"],
+                description=f"epoch {record['epoch']}",
+                shown=shown,
+            )
+        if not line:
+            return
+        width = len(str(total_steps))
+        text = f"step {record['step']:{width}}/{total_steps} | epoch {record['epoch']} | {shown}"
+        if self._bar is None:
+            self.console.print(text, markup=False)
+        self._write(text)
+
+    def stop_progress(self) -> None:
+        """Leave the progress bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """A table of two columns; in log.txt as plain lines."""
+        if not self.enabled:
+            return
+        table = Table(title=title, show_header=False, title_justify="left")
+        for name, value in rows:
+            table.add_row(name, value)
+        self.console.print(table, markup=False)
+        self._write(title)
+        width = max((len(name) for name, _ in rows), default=0)
+        for name, value in rows:
+            self._write(f"  {name:{width}}  {value}")
+
+    def close(self) -> None:
+        """End the bar and close the files."""
+        self.stop_progress()
+        for file in (self._log_file, self._metrics_file):
+            if file is not None:
+                file.close()
+        self._log_file = self._metrics_file = None
+
+    def _write(self, text: str) -> None:
+        if self._log_file is not None:
+            self._log_file.write(text + "\n")
+        else:
+            self._before_folder.append(text)
+
+
+class _Forward(logging.Handler):
+    """Hands log records to a `RunLog`."""
+
+    def __init__(self, log: RunLog) -> None:
+        super().__init__()
+        self.log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.log.info(record.getMessage())
+
+
+def format_metrics(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Rows of a table: four decimals for what is not a whole number."""
+    return [
+        (name, f"{value:.4f}" if isinstance(value, float) else str(value))
+        for name, value in metrics.items()
+    ]

@@ -1,0 +1,307 @@
+"""Everything that can go wrong before training, checked in one process and without a process group.
+
+`prepare` turns a configuration into a `Job`: tokenizer, task, data, the encoder's sizes, the
+schedule. It reads a checkpoint's facts but not its weights, and writes nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tpcore import checkpoint
+from tpcore.checkpoint.state import check_tensor_parallel_size, check_vocabulary
+from tpcore.models.bert import BertModel
+from tpcore.models.config import BertConfig
+from tpcore.models.heads import build_head
+from tpcore.parallel.group import TensorParallelGroup
+from tpcore.tasks import task_class
+from tpcore.tasks.task import DataError, Dataset, Task
+from tpcore.tokenizer import WordPieceTokenizer
+from tpcore.train.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from tpcore.train.run_state import check_writable, run_path
+from tpcore.train.schedule import Schedule
+
+# Names of Megatron's and NeMo's configurations -> those of BertConfig.
+_ALIASES = {
+    "max_seq_length": "max_position_embeddings",
+    "num_tokentypes": "num_token_types",
+    "ffn_hidden_size": "intermediate_size",
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked configuration and what it needs."""
+
+    config: TrainConfig
+    task: Task
+    encoder: BertConfig
+    checkpoint: Path | None
+    """None: the encoder starts from random weights."""
+    has_same_head: bool
+    """Whether the checkpoint has a head of this kind, which is left aside: it has other labels."""
+    overrides: Mapping[str, Any]
+    """What the configuration says about the encoder, as fields of BertConfig."""
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset | None
+    tensor_parallel_size: int
+    steps_per_epoch: int
+    schedule: Schedule
+    monitor: tuple[str, str]
+    """Metric that chooses the best checkpoint, as `val_accuracy`, and "max" or "min"."""
+    notes: tuple[str, ...]
+    """What a user should hear before the run begins."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.schedule.max_steps
+
+
+def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
+    """Check `config` against its files for a run on `num_ranks` ranks.
+
+    Raises:
+        ValueError: ConfigError, CheckpointError or DataError; says what to change.
+    """
+    model = config.model
+    tp_size = model.tensor_model_parallel_size or num_ranks
+    if num_ranks % tp_size:
+        raise ConfigError(
+            f"model.tensor_model_parallel_size={tp_size} does not divide the {num_ranks} rank(s); "
+            f"use {_divisors(num_ranks)}, or start a multiple of {tp_size} ranks"
+        )
+    check_writable(run_path(config.exp_manager))
+    path = checkpoint_path(model)
+    overrides = encoder_overrides(model)
+    info = None if path is None else checkpoint.inspect(path, **overrides)
+    tokenizer = find_tokenizer(model, path)
+    if info is None:
+        encoder = BertConfig.from_dict({"vocab_size": tokenizer.vocab_size, **overrides})
+        start = "no checkpoint: the encoder starts from random weights"
+    else:
+        assert path is not None
+        encoder = info.config.replace(vocab_size=tokenizer.vocab_size, padded_vocab_size=None)
+        check_vocabulary(tokenizer.vocab_size, info.vocab_rows, str(path))
+        start = f"encoder from {path} ({info.format}, {info.tensor_parallel_size} rank(s))"
+    check_tensor_parallel_size(encoder, tp_size)
+    if model.dataset.max_seq_length > encoder.max_position_embeddings:
+        raise ConfigError(
+            f"model.dataset.max_seq_length={model.dataset.max_seq_length} exceeds the encoder's "
+            f"{encoder.max_position_embeddings} positions; use at most that"
+        )
+
+    if not model.train_ds.file_path:
+        raise ConfigError(
+            "no value for model.train_ds.file_path; pass model.train_ds.file_path=..."
+        )
+    task = task_class(config.task).create(model, tokenizer, model.train_ds.file_path)
+    train = _load(task, model.train_ds, "train_ds")
+    assert train is not None
+    validation = _load(task, model.validation_ds, "validation_ds")
+    test = _load(task, model.test_ds, "test_ds")
+
+    batches = math.ceil(len(train.examples) / model.train_ds.batch_size)
+    steps_per_epoch = math.ceil(batches / config.trainer.accumulate_grad_batches)
+    head = ", ".join(f"{name}={value}" for name, value in task.head_kwargs().items())
+    notes = [start, f"new head: {task.head_name} ({head})"]
+    for dataset in (train, validation, test):
+        if dataset is not None:
+            notes.append(f"{dataset.source}: {len(dataset.examples)} examples")
+            notes += dataset.notes
+    if validation is None:
+        notes.append("no validation data: only the last checkpoint is kept")
+    return Job(
+        config=config,
+        task=task,
+        encoder=encoder,
+        checkpoint=path,
+        has_same_head=info is not None and info.head == task.head_name,
+        overrides=overrides,
+        train=train,
+        validation=validation,
+        test=test,
+        tensor_parallel_size=tp_size,
+        steps_per_epoch=steps_per_epoch,
+        schedule=_schedule(config, steps_per_epoch),
+        monitor=_monitor(config, task),
+        notes=tuple(notes),
+    )
+
+
+def build_model(job: Job, tp: TensorParallelGroup, device: torch.device) -> BertModel:
+    """The encoder with a new head, equal weights for equal seeds at every size; fp32.
+
+    Raises:
+        CheckpointError: a file turns out to be damaged.
+    """
+    head, kwargs = job.task.head_name, job.task.head_kwargs()
+    torch.manual_seed(job.config.trainer.seed)
+    if job.checkpoint is not None and not job.has_same_head:
+        return checkpoint.load(
+            job.checkpoint,
+            tp=tp,
+            head=head,
+            head_kwargs=kwargs,
+            vocab_size=job.encoder.vocab_size,
+            device=device,
+            dtype=torch.float32,
+            **job.overrides,
+        )
+    if job.checkpoint is None:
+        model = BertModel(job.encoder, tp=tp, device=device, dtype=torch.float32)
+    else:
+        # The file's own head is of another task with other labels: leave it there.
+        model = checkpoint.load(
+            job.checkpoint,
+            tp=tp,
+            head=None,
+            vocab_size=job.encoder.vocab_size,
+            device=device,
+            dtype=torch.float32,
+            **job.overrides,
+        )
+    model.head = build_head(head, model.config, tp=tp, device=device, dtype=torch.float32, **kwargs)
+    return model
+
+
+def checkpoint_path(model: ModelConfig) -> Path | None:
+    """The checkpoint that the configuration names; None: it asks for random weights.
+
+    Raises:
+        ConfigError: nothing says what the encoder is.
+    """
+    language_model = model.language_model
+    if language_model.lm_checkpoint:
+        path = Path(language_model.lm_checkpoint)
+        if not path.exists():
+            raise ConfigError(
+                f"model.language_model.lm_checkpoint={str(path)!r} does not exist; relative paths "
+                f"start at {Path.cwd()}"
+            )
+        return path
+    name = language_model.pretrained_model_name
+    if name:
+        if Path(name).exists():
+            return Path(name)
+        raise ConfigError(
+            f"model.language_model.pretrained_model_name={name!r} is no folder here, and tpcore "
+            "downloads nothing: get its checkpoint and pass model.language_model.lm_checkpoint=..."
+        )
+    if language_model.config_file or language_model.config:
+        return None
+    raise ConfigError(
+        "nothing says which encoder to start from; pass model.language_model.lm_checkpoint=..., or "
+        "model.language_model.config={hidden_size: ..., ...} for random weights"
+    )
+
+
+def encoder_overrides(model: ModelConfig) -> dict[str, Any]:
+    """Fields of BertConfig from `config_file`, else from `config`.
+
+    Names may be written with hyphens, and `max_seq_length` and `num_tokentypes` are understood;
+    `vocab_size` is left to the tokenizer, as NeMo does.
+
+    Raises:
+        ConfigError: unreadable file, unknown name.
+    """
+    language_model = model.language_model
+    source, values = "model.language_model.config", dict(language_model.config or {})
+    if language_model.config_file:
+        source = f"model.language_model.config_file={language_model.config_file!r}"
+        try:
+            values = json.loads(Path(language_model.config_file).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{source} cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{source} does not hold a JSON object")
+    known = set(BertConfig.__dataclass_fields__)
+    overrides = {}
+    for key, value in values.items():
+        name = _ALIASES.get(key.replace("-", "_"), key.replace("-", "_"))
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known | set(_ALIASES)), n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown key {key} in {source}; {hint}")
+        if name != "vocab_size":
+            overrides[name] = value
+    return overrides
+
+
+def find_tokenizer(model: ModelConfig, path: Path | None) -> WordPieceTokenizer:
+    """The tokenizer of the configuration, else the one that lies beside the checkpoint.
+
+    Raises:
+        ConfigError: there is none.
+        ValueError: it cannot be read.
+    """
+    settings = model.tokenizer
+    lowercase = settings.do_lower_case
+    for name in (settings.tokenizer_name, model.language_model.pretrained_model_name):
+        if lowercase is None and name and name.endswith(("-cased", "-uncased")):
+            lowercase = name.endswith("-uncased")
+    if settings.vocab_file:
+        return WordPieceTokenizer.from_file(settings.vocab_file, lowercase=lowercase)
+    folder = path if path is not None and path.is_dir() else path and path.parent
+    for place in [folder, *list(folder.parents)[:2]] if folder else []:
+        if (place / "vocab.txt").is_file() or (place / "tokenizer.json").is_file():
+            return WordPieceTokenizer.from_file(place, lowercase=lowercase)
+    beside = f" and none lies beside {path}" if path is not None else ""
+    raise ConfigError(
+        f"no vocabulary: model.tokenizer.vocab_file is null{beside}; pass "
+        "model.tokenizer.vocab_file=..."
+    )
+
+
+def _load(task: Task, data: DataConfig, part: str) -> Dataset | None:
+    if not data.file_path:
+        return None
+    dataset = task.load(data.file_path, num_samples=data.num_samples)
+    if not dataset.examples:
+        raise DataError(f"{data.file_path} (model.{part}.file_path) holds no examples")
+    return dataset
+
+
+def _schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
+    optim, trainer = config.model.optim, config.trainer
+    steps = steps_per_epoch * trainer.max_epochs
+    if trainer.max_steps != -1:
+        steps = min(steps, trainer.max_steps)
+    warmup = optim.sched.warmup_steps or int((optim.sched.warmup_ratio or 0.0) * steps)
+    if warmup > steps:
+        raise ConfigError(
+            f"model.optim.sched.warmup_steps={warmup} exceeds the {steps} steps of the run; use "
+            "fewer, or warmup_ratio"
+        )
+    return Schedule(
+        name=optim.sched.name,
+        lr=optim.lr,
+        max_steps=steps,
+        warmup_steps=warmup,
+        min_lr=optim.sched.min_lr,
+        power=optim.sched.power,
+    )
+
+
+def _monitor(config: TrainConfig, task: Task) -> tuple[str, str]:
+    params = config.exp_manager.checkpoint_callback_params
+    metric, mode = task.monitor
+    if params.monitor is not None:
+        metric = params.monitor.removeprefix("val_")
+        if metric != task.monitor.metric:
+            mode = "min" if metric == "loss" else "max"
+    return f"val_{metric}", params.mode or mode
+
+
+def _divisors(number: int) -> str:
+    divisors = [str(d) for d in range(1, number + 1) if number % d == 0]
+    return " or ".join([", ".join(divisors[:-1]), divisors[-1]] if divisors[1:] else divisors)

@@ -1,0 +1,217 @@
+"""A finished run, loaded for use: predictions and evaluation at any tensor-parallel size.
+
+run = load_run("runs/sms_spam/2026-11-24_09-30-00")
+run.predict(["You have won a prize"])
+run.evaluate("validation.tsv").metrics
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from tpcore import checkpoint
+from tpcore.checkpoint import CheckpointInfo
+from tpcore.checkpoint.errors import CheckpointError
+from tpcore.checkpoint.names import VOCABULARY_PARAMETERS
+from tpcore.checkpoint.state import check_tensor_parallel_size, resize_vocabulary
+from tpcore.models.bert import BertModel
+from tpcore.models.config import BertConfig
+from tpcore.models.heads import build_head
+from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
+from tpcore.parallel.sharding import Replicated, Sharded, shard, unshard
+from tpcore.tasks.task import Dataset, Task
+from tpcore.tokenizer import WordPieceTokenizer
+from tpcore.train.config import TrainConfig
+from tpcore.train.evaluation import Evaluation, evaluate
+from tpcore.train.prepare import task_class
+from tpcore.train.read_config import load_config
+from tpcore.train.run_state import (
+    CONFIG_FILE,
+    MODEL_FILE,
+    TASK_FILE,
+    TOKENIZER_FOLDER,
+    find_checkpoint,
+    find_run,
+    rank_folder,
+    read_all_ranks,
+    read_checkpoint,
+    read_json,
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A fine-tuned model with its task."""
+
+    path: Path
+    checkpoint: str
+    """File name of the checkpoint that was loaded."""
+    config: TrainConfig
+    task: Task
+    model: BertModel
+    dp: DataParallelGroup
+    device: torch.device
+
+    def predict(self, inputs: Iterable[Any], *, batch_size: int = 64) -> list[Any]:
+        """One prediction for each input, in order; what inputs are is up to the task."""
+        dataset = self.task.from_inputs(inputs)
+        if not dataset.examples:
+            return []
+        return self.evaluate_dataset(dataset, batch_size).predictions
+
+    def evaluate(
+        self, path: str | os.PathLike[str] | None = None, *, batch_size: int | None = None
+    ) -> Evaluation:
+        """Loss, metrics and predictions on a labelled file; None: the run's test or validation set.
+
+        Raises:
+            DataError: the file cannot be used.
+        """
+        return self.evaluate_dataset(self.load(path), batch_size)
+
+    def load(self, path: str | os.PathLike[str] | None = None) -> Dataset:
+        """The dataset that `evaluate` would read."""
+        model = self.config.model
+        path = path or model.test_ds.file_path or model.validation_ds.file_path
+        if path is None:
+            raise ValueError(f"{self.path} has no test or validation file; give one")
+        return self.task.load(path)
+
+    def evaluate_dataset(self, dataset: Dataset, batch_size: int | None = None) -> Evaluation:
+        """The same on a dataset that `load` or the task has read."""
+        return evaluate(
+            self.model,
+            self.task,
+            dataset,
+            batch_size=batch_size or self.config.model.validation_ds.batch_size,
+            dp=self.dp,
+            device=self.device,
+        )
+
+
+def load_run(
+    path: str | os.PathLike[str],
+    *,
+    tp: TensorParallelGroup | None = None,
+    dp: DataParallelGroup | None = None,
+    which: str = "best",
+    device: torch.device | str | None = None,
+) -> Run:
+    """Load a run at the size of `tp`, whatever size it was trained at.
+
+    Args:
+        path: a run folder, or a folder above it: then its newest run.
+        tp: None: this process alone.
+        dp: None: this process alone.
+        which: the checkpoint: "best", "last" or a file name.
+        device: where the model goes; None: the CPU.
+
+    Raises:
+        CheckpointError: no run, a missing or damaged file, a size that does not divide the heads.
+    """
+    tp = TensorParallelGroup.single() if tp is None else tp
+    folder = find_run(path)
+    description = read_json(folder / MODEL_FILE)
+    task_config = read_json(folder / TASK_FILE)
+    config = load_config(folder / CONFIG_FILE)
+    try:
+        encoder = BertConfig.from_dict(description["config"]).replace(padded_vocab_size=None)
+        check_tensor_parallel_size(encoder, tp.size)
+        task = task_class(task_config.pop("task")).from_config(
+            task_config, WordPieceTokenizer.from_file(folder / TOKENIZER_FOLDER)
+        )
+        model = BertModel(encoder, tp=tp, dtype=torch.float32)
+        model.head = build_head(description["head"], encoder, tp=tp, **description["head_kwargs"])
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: {MODEL_FILE} or {TASK_FILE} is damaged: {error}"
+        ) from error
+    filename = find_checkpoint(folder, which)
+    _load_weights(model, read_all_ranks(folder, filename), f"{folder}: {filename}")
+    target = torch.device(device or "cpu")
+    return Run(
+        path=folder,
+        checkpoint=filename,
+        config=config,
+        task=task,
+        model=model.to(target).eval(),
+        dp=DataParallelGroup.single() if dp is None else dp,
+        device=target,
+    )
+
+
+def export_run(
+    path: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    format: Literal["megatron", "huggingface"],
+    tensor_parallel_size: int = 1,
+    overwrite: bool = False,
+) -> CheckpointInfo:
+    """Write a run's best checkpoint, head included, as a checkpoint that other programs read.
+
+    Raises:
+        CheckpointError: as `load_run` and `checkpoint.save`.
+    """
+    run = load_run(path)
+    folder = run.path / TOKENIZER_FOLDER
+    checkpoint.save(
+        run.model,
+        Path(destination),
+        format=format,
+        tensor_parallel_size=tensor_parallel_size if format == "megatron" else None,
+        labels=run.task.to_config().get("labels"),
+        tokenizer_files=sorted(folder.iterdir()),
+        overwrite=overwrite,
+    )
+    return checkpoint.inspect(Path(destination))
+
+
+def describe_run(path: Path) -> dict[str, Any]:
+    """Facts about a run, for people and JSON; reads no weights."""
+    filename = find_checkpoint(path)
+    content = read_checkpoint(rank_folder(path, 0) / filename)
+    description = read_json(path / MODEL_FILE)
+    return {
+        "path": str(path),
+        "format": "tpcore run",
+        "task": read_json(path / TASK_FILE)["task"],
+        "head": description["head"],
+        "head_kwargs": description["head_kwargs"],
+        "checkpoints": [file.name for file in sorted(rank_folder(path, 0).glob("*.ckpt"))],
+        "best checkpoint": filename,
+        "epoch": content["epoch"],
+        "global_step": content["global_step"],
+        "metrics": content["metrics"],
+        "tensor_model_parallel_size": content["tensor_model_parallel_size"],
+        "config": description["config"],
+    }
+
+
+def _load_weights(model: BertModel, files: Sequence[Mapping[str, Any]], where: str) -> None:
+    """Join the shards of all files and keep this rank's part, one parameter at a time."""
+    target = model.state_dict()
+    names = set(files[0]["state_dict"])
+    if names != set(target):
+        difference = ", ".join(sorted(names ^ set(target)))
+        raise CheckpointError(f"{where}: parameters do not match the model: {difference}")
+    rank, size = model.tp.rank, model.tp.size
+    for name, tensor in target.items():
+        dim = files[0]["sharded_dim"][name]
+        sharding = Replicated() if dim is None else Sharded(dim)
+        full = unshard([content["state_dict"][name] for content in files], sharding, name=name)
+        if name in VOCABULARY_PARAMETERS:
+            # Padding depends on the size: cut to the true vocabulary, then pad for this one.
+            full = resize_vocabulary(full[: model.config.vocab_size], tensor.shape[0] * size)
+        part = shard(full, sharding, rank, size, name=name)
+        if part.shape != tensor.shape:
+            raise CheckpointError(
+                f"{where}: {name} has shape {list(part.shape)}; expected {list(tensor.shape)}"
+            )
+        tensor.copy_(part)
