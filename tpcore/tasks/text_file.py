@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,20 +66,13 @@ def write_whole(path: str | os.PathLike[str], content: str) -> None:
     """Write a UTF-8 file; another process sees the old file or the new one, never a part.
 
     Raises:
-        ValueError: the folder does not exist or may not be written.
+        ValueError: the folder does not exist or cannot be written to.
     """
     path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary.write_text(content, encoding="utf-8", newline="\n")
+        temporary.replace(path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise ValueError(f"{path} cannot be written: {error.strerror}") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's own mode would hide it from others
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

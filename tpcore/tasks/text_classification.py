@@ -1,0 +1,374 @@
+"""Text classification: one label for each text, from tab-separated files.
+
+    head        sequence classification: one linear layer on the pooled first token
+    loss        sum of cross entropies -log softmax(logits)[label] in fp32, each with the weight of
+                its class (1 without class balancing)
+    decoding    the most probable label
+    metrics     accuracy, macro-F1, precision / recall / F1 of each class
+
+Files have one text a line with its label in another column, in either order, with or without a
+header (see `columns`): `ham<TAB>See you at five`, or NeMo's `a fine film<TAB>1`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Any, ClassVar, TypedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpcore.models.output import BertOutput
+from tpcore.models.packing import pack_sequences
+from tpcore.tasks.columns import ColumnSettings, Layout, Row, find_layout, read_rows
+from tpcore.tasks.labels import Labels
+from tpcore.tasks.metrics import ClassificationScores, score_classification
+from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch
+from tpcore.tasks.text_file import write_whole
+from tpcore.tokenizer import WordPieceTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TextRecord:
+    """One line of a data file."""
+
+    line: int
+    """Its number, from 1."""
+    text: str
+    label: str | None = None
+
+
+class TextPrediction(TypedDict):
+    """The label of one text; JSON as it is."""
+
+    label: str
+    probabilities: dict[str, float]
+
+
+class TextClassification:
+    """See the module.
+
+    Args:
+        tokenizer: of the encoder.
+        labels: the classes.
+        max_seq_length: longer texts are cut to so many tokens, special ones included.
+        class_weights: a positive weight for each label; None: 1.
+        dropout: before the classifier; None: the encoder's hidden dropout.
+        columns: what is known of the columns of data files.
+        layout: that of the training file; decides where another file alone does not.
+    """
+
+    name: ClassVar[str] = "text_classification"
+    head_name: ClassVar[str] = "sequence_classification"
+    monitor: ClassVar[Monitor] = Monitor("accuracy", "max")
+
+    def __init__(
+        self,
+        tokenizer: WordPieceTokenizer,
+        labels: Labels,
+        *,
+        max_seq_length: int = 256,
+        class_weights: Sequence[float] | None = None,
+        dropout: float | None = None,
+        columns: ColumnSettings = ColumnSettings(),  # noqa: B008  (frozen)
+        layout: Layout | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.labels = labels
+        self.max_seq_length = max_seq_length
+        self.class_weights = None if class_weights is None else tuple(class_weights)
+        self.dropout = dropout
+        self.columns = columns
+        self.layout = layout
+        if self.class_weights is not None and len(self.class_weights) != len(self.labels):
+            raise ValueError(
+                f"{len(self.class_weights)} class weights for {len(self.labels)} labels"
+            )
+
+    @classmethod
+    def create(
+        cls,
+        config: Any,
+        tokenizer: WordPieceTokenizer,
+        train_path: str | PathLike[str] | None,
+    ) -> TextClassification:
+        """A task for a new run.
+
+        The labels are those of `class_labels.class_labels_file` (one a line, in the order of their
+        ids), else those of the training file: in numerical order when all are integers, else in
+        the order of their code points. With `dataset.num_classes` n and integer labels below n
+        they are 0 .. n-1, whether the training file has them all or not.
+
+        Args:
+            config: the `model` section: dataset.{num_classes, max_seq_length, class_balancing},
+                class_labels.class_labels_file and classifier_head.fc_dropout; where `dataset` has
+                them, also text_column, label_column and header.
+            tokenizer: of the encoder.
+            train_path: the training file; may be None when a label file is given.
+
+        Raises:
+            ValueError: labels and num_classes do not fit; DataError when a file cannot be used.
+        """
+        data, labels_file = config.dataset, config.class_labels.class_labels_file
+        columns = ColumnSettings(
+            **{
+                name: getattr(data, name)
+                for name in ColumnSettings.__dataclass_fields__
+                if hasattr(data, name)
+            }
+        )
+        labels = None if labels_file is None else Labels.from_file(labels_file)
+        weights = layout = None
+        if train_path is None:
+            if labels is None:
+                raise ValueError(
+                    "no labels: give a training file, or model.class_labels.class_labels_file"
+                )
+            if data.class_balancing:
+                raise ValueError("class balancing counts labels in a training file; give one")
+        else:
+            rows, _ = read_rows(train_path)
+            is_known = None if labels is None else labels.is_known
+            layout = find_layout(rows, train_path, columns, is_known_label=is_known)
+            assert layout.label is not None
+            cells = _label_cells(rows[layout.has_header :], layout.label, train_path)
+            if labels is None:
+                labels = Labels.of_cells([cell for _, cell in cells], data.num_classes, train_path)
+            if data.class_balancing:
+                weights = labels.balanced_weights([labels.id_of(cell, at) for at, cell in cells])
+        if data.num_classes is not None and data.num_classes != len(labels):
+            raise ValueError(
+                f"model.dataset.num_classes={data.num_classes}, but {labels_file or train_path} "
+                f"has {len(labels)} labels ({labels}); remove num_classes or correct it"
+            )
+        return cls(
+            tokenizer,
+            labels,
+            max_seq_length=data.max_seq_length,
+            class_weights=weights,
+            dropout=config.classifier_head.fc_dropout,
+            columns=columns,
+            layout=layout,
+        )
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], tokenizer: WordPieceTokenizer
+    ) -> TextClassification:
+        """The task that `to_config` wrote down."""
+        values = dict(config)
+        labels, columns = Labels(values.pop("labels")), values.pop("columns")
+        layout = values.pop("layout")
+        return cls(
+            tokenizer,
+            labels,
+            **values,
+            columns=ColumnSettings(**columns),
+            layout=None if layout is None else Layout(**layout),
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        return {
+            "labels": list(self.labels.names),
+            "max_seq_length": self.max_seq_length,
+            "class_weights": None if self.class_weights is None else list(self.class_weights),
+            "dropout": self.dropout,
+            "columns": asdict(self.columns),
+            "layout": None if self.layout is None else asdict(self.layout),
+        }
+
+    def head_kwargs(self) -> dict[str, Any]:
+        return {"num_labels": len(self.labels), "dropout": self.dropout}
+
+    def load(
+        self, path: str | PathLike[str], *, num_samples: int = -1, labelled: bool = True
+    ) -> Dataset:
+        """Read a tab-separated file; without labels, also one text a line.
+
+        Raises:
+            DataError: the file cannot be used.
+        """
+        if num_samples < 1 and num_samples != -1:
+            raise ValueError(f"num_samples={num_samples}; expected a positive number, or -1: all")
+        rows, num_blank = read_rows(path)
+        layout = find_layout(
+            rows,
+            path,
+            self.columns,
+            labelled=labelled,
+            is_known_label=self.labels.is_known,
+            like=self.layout,
+        )
+        rows = rows[layout.has_header :]
+        if num_samples != -1:
+            rows = rows[:num_samples]
+        records = []
+        for row in rows:
+            text = row.cells[layout.text]
+            if not text.strip():
+                raise DataError(f"{path}:{row.line}: the text is empty; remove the line or fill it")
+            label = None
+            if layout.label is not None:
+                cell = row.cells[layout.label].strip()
+                label = self.labels.names[self.labels.id_of(cell, f"{path}:{row.line}")]
+            records.append(TextRecord(row.line, text, label))
+        notes = [f"{path}: {layout}"]
+        if num_blank:
+            notes.append(f"{path}: {num_blank} blank line(s) left out")
+        return self._encode(str(path), records, notes)
+
+    def from_inputs(self, inputs: Iterable[Any]) -> Dataset:
+        """Texts, as strings.
+
+        Raises:
+            TypeError: an input is not a string.
+        """
+        records = []
+        for number, text in enumerate(inputs, start=1):
+            if not isinstance(text, str):
+                raise TypeError(f"input {number} is a {type(text).__name__}; expected a text")
+            records.append(TextRecord(number, text))
+        return self._encode("input", records, [])
+
+    def collate(
+        self, examples: Sequence[Example], device: torch.device | str | None = None
+    ) -> TaskBatch:
+        """Packed tokens and, where all examples have one, `labels["label"]`: int64 [b]."""
+        packed = pack_sequences(
+            [example.input_ids for example in examples],
+            [example.type_ids for example in examples],
+            sample_ids=[example.index for example in examples],
+            device=device,
+        )
+        labels = {}
+        if all(example.labels is not None for example in examples):
+            targets = [example.labels for example in examples]
+            labels["label"] = torch.tensor(targets, dtype=torch.int64, device=device)
+        return TaskBatch(tuple(examples), packed, labels)
+
+    def label_counts(self, batch: TaskBatch) -> tuple[float, ...]:
+        if self.class_weights is None:
+            return (float(len(batch.examples)),)
+        return (sum(self.class_weights[example.labels] for example in batch.examples),)
+
+    def loss_sums(self, output: BertOutput, batch: TaskBatch) -> Tensor:
+        assert output.logits is not None
+        logits = output.logits.float()
+        weight = None
+        if self.class_weights is not None:
+            weight = torch.tensor(self.class_weights, dtype=torch.float32, device=logits.device)
+        loss = F.cross_entropy(logits, batch.labels["label"], weight=weight, reduction="sum")
+        return loss.reshape(1)
+
+    def decode(self, output: BertOutput, batch: TaskBatch) -> list[Any]:
+        """The probabilities of the labels, for each example."""
+        assert output.logits is not None
+        rows: list[list[float]] = output.logits.float().softmax(dim=-1).tolist()
+        return rows
+
+    def predictions(self, dataset: Dataset, decoded: Sequence[Any]) -> list[TextPrediction]:
+        assert len(decoded) == len(dataset.records)
+        return [
+            TextPrediction(
+                label=self.labels.names[max(range(len(row)), key=row.__getitem__)],
+                probabilities=dict(zip(self.labels, row, strict=True)),
+            )
+            for row in decoded
+        ]
+
+    def metrics(self, dataset: Dataset, predictions: Sequence[TextPrediction]) -> dict[str, float]:
+        return self._score(dataset, predictions).to_metrics()
+
+    def report(self, dataset: Dataset, predictions: Sequence[TextPrediction]) -> str:
+        return self._score(dataset, predictions).to_table()
+
+    def write_predictions(
+        self,
+        path: str | PathLike[str],
+        dataset: Dataset,
+        predictions: Sequence[TextPrediction],
+    ) -> None:
+        """One line for each text: JSON in a .json or .jsonl file, else tab-separated.
+
+        The columns are line, prediction, probability, label (empty where unknown) and text, in
+        which tabs and line ends become blanks.
+        """
+        pairs = list(zip(dataset.records, predictions, strict=True))
+        if str(path).endswith((".json", ".jsonl")):
+            lines = [
+                json.dumps(
+                    {
+                        "line": record.line,
+                        "prediction": prediction["label"],
+                        "probabilities": prediction["probabilities"],
+                        "label": record.label,
+                        "text": record.text,
+                    },
+                    ensure_ascii=False,
+                )
+                for record, prediction in pairs
+            ]
+        else:
+            lines = ["line\tprediction\tprobability\tlabel\ttext"]
+            for record, prediction in pairs:
+                label = prediction["label"]
+                probability = f"{prediction['probabilities'][label]:.6f}"
+                text = record.text.translate({9: " ", 10: " ", 13: " "})
+                lines.append(f"{record.line}\t{label}\t{probability}\t{record.label or ''}\t{text}")
+        write_whole(path, "".join(f"{line}\n" for line in lines))
+
+    def _encode(self, source: str, records: list[TextRecord], notes: list[str]) -> Dataset:
+        texts = [record.text for record in records]
+        encodings = self.tokenizer.encode_batch(texts, max_length=self.max_seq_length)
+        examples = [
+            Example(
+                index=index,
+                input_ids=encoding.ids,
+                type_ids=encoding.type_ids,
+                labels=None if record.label is None else self.labels.find(record.label),
+                record=index,
+            )
+            for index, (record, encoding) in enumerate(zip(records, encodings, strict=True))
+        ]
+        num_cut = sum(encoding.num_truncated > 0 for encoding in encodings)
+        if num_cut:
+            longest = max(len(encoding) + encoding.num_truncated for encoding in encodings)
+            notes.append(
+                f"{source}: {num_cut} text(s) cut to model.dataset.max_seq_length="
+                f"{self.max_seq_length} tokens; the longest has {longest}"
+            )
+        return Dataset(source, records, examples, tuple(notes))
+
+    def _score(
+        self, dataset: Dataset, predictions: Sequence[TextPrediction]
+    ) -> ClassificationScores:
+        unlabelled = [record.line for record in dataset.records if record.label is None]
+        if unlabelled:
+            raise ValueError(
+                f"{dataset.source}: line {unlabelled[0]} has no label to compare with; load the "
+                "file with labelled=True"
+            )
+        return score_classification(
+            [record.label for record in dataset.records],
+            [prediction["label"] for prediction in predictions],
+            self.labels.names,
+        )
+
+
+def _label_cells(
+    rows: Sequence[Row], column: int, path: str | PathLike[str]
+) -> list[tuple[str, str]]:
+    """(place, cell) of each row's label.
+
+    Raises:
+        DataError: one is empty.
+    """
+    cells = [(f"{path}:{row.line}", row.cells[column].strip()) for row in rows]
+    for place, cell in cells:
+        if not cell:
+            raise DataError(f"{place}: the label is empty; fill it in or remove the line")
+    return cells
