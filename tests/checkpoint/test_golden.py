@@ -1,0 +1,74 @@
+"""Recorded checkpoints of the real implementations give the recorded outputs, at every size."""
+
+import pytest
+import torch
+
+from tests.checkpoint import golden
+from tests.helpers.ranks import run_ranks
+from tpcore import checkpoint
+
+COMMITTED = golden.committed()
+SHARED = golden.shared()
+
+
+def _outputs(model, inputs):
+    with torch.no_grad():
+        return model.eval()(inputs["tokens"], inputs["padding_mask"], inputs["types"])
+
+
+def _check_reproduced(tp, folders):
+    for folder in folders:
+        item = golden.Golden(folder)
+        model = checkpoint.load(item.checkpoint, tp=tp)
+        golden.assert_reproduced(item, _outputs(model, item.inputs()))
+
+
+def _check_tanh(tp, folder):
+    item = golden.Golden(folder)
+    model = checkpoint.load(item.checkpoint, tp=tp, gelu="tanh")
+    golden.assert_reproduced(item, _outputs(model, item.inputs()), prefix="tanh_gelu.")
+
+
+def test_the_collection_is_complete():
+    assert len(COMMITTED) >= 7
+    assert {item.name for item in COMMITTED} >= {"v1.0_tp1", "ckptv1.0_tp2", "hf_bert_pretraining"}
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_committed(size):
+    run_ranks(_check_reproduced, size, [item.folder for item in COMMITTED])
+
+
+@pytest.mark.skipif(not SHARED, reason="the larger collection (../shared/fixtures) is not here")
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_shared(size):
+    run_ranks(_check_reproduced, size, [item.folder for item in SHARED])
+
+
+@pytest.mark.parametrize(
+    "name", ["ckptv1.0_tp2", "v2.0_tp2", "v2.5_L2postln_tp1", "v2.5_onnxsafe_tp1"]
+)
+def test_tanh_gelu_by_override(name):
+    run_ranks(_check_tanh, 2, golden.COMMITTED / name)
+
+
+@pytest.mark.parametrize("name", ["v1.0_tp1", "ckptv1.0_tp2", "v2.5_L2postln_tp1"])
+def test_losses_are_the_recorded_ones(name):
+    item = golden.Golden(golden.COMMITTED / name)
+    inputs, expected = item.inputs(), item.expected()
+    labels = inputs["labels"].masked_fill(inputs["loss_mask"] == 0, -100)
+    model = checkpoint.load(item.checkpoint).eval()
+    arguments = (inputs["tokens"], inputs["padding_mask"], inputs["types"])
+    with torch.no_grad():
+        lm = model(*arguments, labels=labels).loss
+        both = model(*arguments, labels=(labels, inputs["is_random"])).loss
+    assert lm.item() == pytest.approx(expected["lm_loss"].item(), abs=1e-5)
+    binary = (both - lm).item()
+    assert binary == pytest.approx(expected["binary_loss"].item(), abs=1e-5)
+
+
+def test_hidden_states_differ_where_only_the_rows_of_qkv_are_misread():
+    """The comparison above would notice a wrong row order."""
+    item = golden.Golden(golden.COMMITTED / "ckptv1.0_tp2")
+    model = checkpoint.load(item.checkpoint, qkv_layout="v3")
+    assert golden.errors_against(item, _outputs(model, item.inputs()))["hidden"] > 0.1
