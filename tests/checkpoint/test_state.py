@@ -148,7 +148,7 @@ def test_sizes_that_cannot_be():
 def test_tensor_parallel_sizes_that_do_not_divide():
     config = BertConfig(vocab_size=8, hidden_size=12, num_attention_heads=6, intermediate_size=16)
     check_tensor_parallel_size(config, 2)
-    with pytest.raises(CheckpointError, match="num_attention_heads=6.*use 1, 2, 3 or 6"):
+    with pytest.raises(CheckpointError, match=r"num_attention_heads=6.*use 1, 2, 3 or 6"):
         check_tensor_parallel_size(config, 4)
     with pytest.raises(CheckpointError, match="intermediate_size=16"):
         check_tensor_parallel_size(config, 3)

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, written from the description of the formats and not with tpcore's own tables."""
+"""Tiny checkpoints, written from the description of the formats, not with tpcore's own tables."""
 
 from __future__ import annotations
 

@@ -43,6 +43,7 @@ from tpcore.checkpoint.state import (
     check_complete,
     check_head,
     find_head,
+    has_pooler,
     sizes_from_shapes,
     tokenizer_files,
 )
@@ -97,7 +98,7 @@ def read(path: Path) -> CanonicalState:
         copies = {}
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     sizes = sizes_from_shapes(shapes, num_layers, where)
-    config = config_from_fields(fields, model_type, sizes, "pooler.dense.weight" in tensors)
+    config = config_from_fields(fields, model_type, sizes, has_pooler(tensors))
     _join_qkv(tensors, config, where)
     head, head_kwargs = head_from_fields(fields, find_head(tensors), tensors)
     tokenizer_config = folder / "tokenizer_config.json"

@@ -116,6 +116,10 @@ def config_from_fields(
             raise CheckpointError(
                 f"{fields.where}: {name}={claimed}, but the tensors in the folder say {sizes[key]}"
             )
+    if sizes["num_token_types"] == 0:
+        raise CheckpointError(
+            f"{fields.where}: missing parameters: embeddings.token_type_embeddings.weight"
+        )
     num_heads = fields.integer("num_attention_heads")
     if num_heads is None:
         raise CheckpointError(f"{fields.where}: num_attention_heads is missing")

@@ -214,11 +214,7 @@ def _read(path: Path, qkv_layout: str | None, overrides: Mapping[str, Any]) -> C
             )
         state = huggingface.read(path)
     elif megatron_files.recognise(path):
-        state = megatron.read(
-            path,
-            qkv_layout=qkv_layout,
-            num_attention_heads=overrides.get("num_attention_heads"),
-        )
+        state = megatron.read(path, qkv_layout=qkv_layout, overrides=overrides)
     else:
         raise CheckpointError(
             f"{path}: no checkpoint is recognised there; expected a Megatron-LM directory "

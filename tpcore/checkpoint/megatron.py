@@ -46,6 +46,7 @@ from tpcore.checkpoint.state import (
     check_head,
     check_tensor_parallel_size,
     find_head,
+    has_pooler,
     sharding_of,
     sizes_from_shapes,
     tokenizer_files,
@@ -61,7 +62,7 @@ _QKV = re.compile(r"\.attention\.qkv\.(weight|bias)$")
 
 
 def read(
-    path: Path, *, qkv_layout: str | None = None, num_attention_heads: int | None = None
+    path: Path, *, qkv_layout: str | None = None, overrides: Mapping[str, Any] | None = None
 ) -> CanonicalState:
     """Read a checkpoint: its root, an iter_*/release folder, a rank's folder, or one file.
 
@@ -69,7 +70,8 @@ def read(
         path: where it is.
         qkv_layout: order of the q/k/v rows, a key of `qkv.LAYOUTS`; needed only for a file that
             lost its checkpoint_version.
-        num_attention_heads: needed only for a file without args that is not the 345m model.
+        overrides: the caller's fields of BertConfig. Here only those matter that a file without
+            args cannot say: num_attention_heads, and num_token_types=0.
 
     Raises:
         CheckpointError: a file is missing or damaged, or something in it is not accounted for.
@@ -80,7 +82,6 @@ def read(
     args = first.args
     where = str(path)
     _check_sizes(files, args)
-    layout = _layout(first, where) if qkv_layout is None else _checked_layout(qkv_layout)
     shards, tied = _join_stages(stages)
 
     size = len(files[0])
@@ -89,7 +90,8 @@ def read(
         for name, pieces in shards.items()
     }
     sizes = sizes_from_shapes(shapes, names.count_layers(_layered(shapes), where), where)
-    config = config_from_args(args, sizes, "pooler.dense.weight" in shapes, num_attention_heads)
+    layout = _layout(first, where) if qkv_layout is None else _checked_layout(qkv_layout)
+    config = config_from_args(args, sizes, has_pooler(shapes), overrides)
     check_tensor_parallel_size(config, size)
     _check_equal_shards(shards, where)
     head, head_kwargs = head_from_args(args, find_head(shapes))

@@ -41,6 +41,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 # What no argument of Megatron's can say, under names that Megatron ignores.
 _DROPOUT_AFTER_NORM = "tpcore_embedding_dropout_after_norm"
 _LM_HEAD_GELU = "tpcore_lm_head_gelu"
+_NUM_TOKEN_TYPES = "tpcore_num_token_types"
 _HEAD = "tpcore_head"
 _HEAD_KWARGS = "tpcore_head_kwargs"
 _LABELS = "tpcore_labels"
@@ -48,7 +49,10 @@ _LOWERCASE = "tpcore_lowercase"
 
 
 def config_from_args(
-    args: Fields, sizes: Mapping[str, int], has_pooler: bool, num_heads: int | None
+    args: Fields,
+    sizes: Mapping[str, int],
+    has_pooler: bool,
+    overrides: Mapping[str, Any] | None = None,
 ) -> BertConfig:
     """The configuration of a file, from its arguments and the shapes of its tensors.
 
@@ -56,13 +60,15 @@ def config_from_args(
         args: the file's arguments; empty where it has none.
         sizes: as `sizes_from_shapes` returns them.
         has_pooler: whether the file holds a pooler.
-        num_heads: the caller's number of heads, for files that do not say it.
+        overrides: the caller's values, for what a file without args does not say.
 
     Raises:
         CheckpointError: an argument contradicts the shapes, asks for another architecture, or the
             number of heads is nowhere to be found.
     """
+    overrides = overrides or {}
     _check_supported(args, sizes)
+    _check_token_types(args, sizes, overrides)
     rows = sizes["vocab_size"]
     for name, size in (
         ("num_layers", sizes["num_layers"]),
@@ -86,7 +92,7 @@ def config_from_args(
         **sizes,
         "vocab_size": vocab_size,
         "padded_vocab_size": rows,
-        "num_attention_heads": _num_heads(args, sizes, num_heads),
+        "num_attention_heads": _num_heads(args, sizes, overrides.get("num_attention_heads")),
         "layernorm_eps": args.number("layernorm_epsilon", 1e-5),
         "hidden_dropout": args.number("hidden_dropout", 0.1),
         "attention_dropout": args.number("attention_dropout", 0.1),
@@ -116,6 +122,24 @@ def _check_supported(args: Fields, sizes: Mapping[str, int]) -> None:
         raise CheckpointError(
             f"{args.where}: args.kv_channels={channels} times args.num_attention_heads={heads} is "
             f"not the hidden size of {sizes['hidden_size']}; such heads are not supported"
+        )
+
+
+def _check_token_types(
+    args: Fields, sizes: Mapping[str, int], overrides: Mapping[str, Any]
+) -> None:
+    """A table of token types may be absent only from a run that had none."""
+    found = sizes["num_token_types"]
+    claimed = args.integer(_NUM_TOKEN_TYPES)
+    if claimed is None and (found or "bert_binary_head" in args):
+        # Megatron makes the table together with the binary head.
+        claimed = 0 if not found and not args.flag("bert_binary_head") else found or 2
+    if claimed is None:
+        claimed = overrides.get("num_token_types", 2)
+    if claimed != found:
+        raise CheckpointError(
+            f"{args.where}: missing parameters: the run had {claimed} token types, but their table "
+            f"has {found} rows in the file (if the model has none, pass num_token_types=0)"
         )
 
 
@@ -216,6 +240,7 @@ def args_from_state(
         "fp16": dtype == torch.float16,
         "bf16": dtype == torch.bfloat16,
     }
+    args[_NUM_TOKEN_TYPES] = config.num_token_types
     if config.embedding_dropout_after_norm:
         args[_DROPOUT_AFTER_NORM] = True
     if _gelu(Fields(args, "written")) != (config.gelu, config.lm_head_gelu):

@@ -168,6 +168,11 @@ def find_head(names: Iterable[str]) -> str | None:
     return HEAD_PARTS.get(parts, "+".join(sorted(parts)))
 
 
+def has_pooler(names: Iterable[str]) -> bool:
+    """Whether canonical names hold a pooler, or a part of one."""
+    return any(name.startswith("pooler.") for name in names)
+
+
 def sizes_from_shapes(
     shapes: Mapping[str, tuple[int, ...]], num_layers: int, where: str
 ) -> dict[str, int]:
@@ -179,7 +184,9 @@ def sizes_from_shapes(
 
     def matrix(name: str) -> tuple[int, int]:
         if name not in shapes:
-            raise CheckpointError(f"{where}: {name} is missing; this is no complete BERT encoder")
+            raise CheckpointError(
+                f"{where}: missing parameters: {name}; this is no complete BERT encoder"
+            )
         shape = shapes[name]
         if len(shape) != 2 or 0 in shape:
             raise CheckpointError(f"{where}: {name} has shape {list(shape)}; expected a matrix")

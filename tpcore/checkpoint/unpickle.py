@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,9 @@ def load_pickle(path: Path) -> Any:
     if begins_as_zip and not is_zip:
         raise CheckpointError(f"{path}: the file is truncated; copy or download it again")
     try:
-        with safe_globals(_ALLOWED):
+        with safe_globals(_ALLOWED), warnings.catch_warnings():
+            # An unusual protocol either loads or is an error below; torch's advice is for writers.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=begins_as_zip)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, str(error))) from error
