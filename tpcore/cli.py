@@ -99,7 +99,12 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         description="Predict: one JSON object on standard output for each input line.",
     )
     _add_run_arguments(predict)
-    predict.add_argument("file", nargs="?", default="-", help="one input a line; -: standard input")
+    predict.add_argument(
+        "file",
+        nargs="?",
+        default="-",
+        help="data, labels not needed; default -: one text a line on standard input",
+    )
     predict.set_defaults(command=_predict)
 
     convert = commands.add_parser(
@@ -233,11 +238,12 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     run = _load_run(arguments)
     if arguments.file == "-":
-        inputs = sys.stdin.read().splitlines()
+        # Lines end in \n alone: str.splitlines would also cut at rare characters inside texts.
+        lines = sys.stdin.read().removesuffix("\n").split("\n")
+        predictions = run.predict(lines, batch_size=arguments.batch_size)
     else:
-        with open(arguments.file, encoding="utf-8") as file:
-            inputs = file.read().splitlines()
-    predictions = run.predict(inputs, batch_size=arguments.batch_size)
+        dataset = run.task.load(arguments.file, labelled=False)
+        predictions = run.evaluate_dataset(dataset, arguments.batch_size).predictions
     if run.model.tp.rank == 0:
         for prediction in predictions:
             print(json.dumps(prediction, ensure_ascii=False))

@@ -26,6 +26,7 @@ CONFIG = BertConfig(
     num_attention_heads=4,
     intermediate_size=64,
     max_position_embeddings=32,
+    init_std=0.2,
 )
 
 
@@ -69,7 +70,7 @@ def overrides(folder: Path, **values: Any) -> list[str]:
     settings: dict[str, Any] = {
         "task": "text_classification",
         "model.language_model.config": "{hidden_size: 32, num_layers: 2, num_attention_heads: 4, "
-        "intermediate_size: 64, max_position_embeddings: 32}",
+        "intermediate_size: 64, max_position_embeddings: 32, init_std: 0.2}",
         "model.tokenizer.vocab_file": folder / "vocab.txt",
         "model.dataset.max_seq_length": 32,
         "model.train_ds.file_path": folder / "train.tsv",

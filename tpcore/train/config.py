@@ -57,6 +57,12 @@ class DatasetConfig:
     """Number of labels, checked; null: those of the data."""
     max_seq_length: int = 256
     """Longer texts are cut to so many tokens, special ones included."""
+    text_column: str | None = None
+    """Column of the text: its name in the header, or its number from 0; null: found."""
+    label_column: str | None = None
+    """Column of the label, likewise."""
+    header: bool | None = None
+    """Whether the first line of a data file names the columns; null: found."""
     class_balancing: str | None = None
     """null, or `weighted_loss`: weigh each class by the inverse of its frequency."""
 

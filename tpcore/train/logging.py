@@ -155,8 +155,5 @@ class _Forward(logging.Handler):
 
 
 def format_metrics(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Rows of a table: four decimals for what is not a whole number."""
-    return [
-        (name, f"{value:.4f}" if isinstance(value, float) else str(value))
-        for name, value in metrics.items()
-    ]
+    """Rows of a table: the overall metrics, without those of single classes (`f1/spam`)."""
+    return [(name, f"{value:.4f}") for name, value in metrics.items() if "/" not in name]

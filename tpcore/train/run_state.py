@@ -199,9 +199,6 @@ class CheckpointKeeper:
         """Call `write` and `remove` with the file names of what is new and what is surplus.
 
         The new file is there before an old one goes. A score that is not a number is never kept.
-
-        Raises:
-            ConfigError: the monitored metric is not among those of `progress`.
         """
         if self.save_top_k:
             self._update_best(progress, write, remove)
@@ -217,17 +214,14 @@ class CheckpointKeeper:
         self, progress: Progress, write: Callable[[str], None], remove: Callable[[str], None]
     ) -> None:
         metric, mode = self.monitor
-        if metric not in progress.metrics:
-            raise ConfigError(
-                f"exp_manager.checkpoint_callback_params.monitor={metric!r} is not a metric of "
-                f"this task; use one of {', '.join(progress.metrics)}"
-            )
         score = progress.metrics[metric]
         sign = -1.0 if mode == "max" else 1.0
         full = len(self.kept) == self.save_top_k
         if score != score or (full and sign * score >= sign * self.kept[-1].score):
             return
-        filename = f"{self.name}--{metric}={score:.2f}-epoch={progress.epoch}"
+        # A metric of one class has a slash in its name.
+        shown = metric.replace("/", "_")
+        filename = f"{self.name}--{shown}={score:.2f}-epoch={progress.epoch}"
         filename += f"-step={progress.global_step}.ckpt" if self.name_steps else ".ckpt"
         write(filename)
         self.kept.append(Kept(score, filename, progress.metrics))

@@ -23,6 +23,7 @@ from tpcore.parallel.collectives import all_reduce
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
 from tpcore.parallel.random import step_seed
 from tpcore.tasks.task import Dataset, Example
+from tpcore.train.config import ConfigError
 from tpcore.train.evaluation import Evaluation, evaluate
 from tpcore.train.launch import on_all_ranks
 from tpcore.train.logging import RunLog, format_metrics
@@ -114,6 +115,7 @@ class Trainer:
         Raises:
             DivergedError: names the step.
         """
+        self._check_monitor()
         self._create_run()
         started = time.perf_counter()
         tokens = 0
@@ -201,6 +203,20 @@ class Trainer:
         if self.config.trainer.precision == "32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _check_monitor(self) -> None:
+        """Refuse a metric that does not exist, before anything is written."""
+        params = self.config.exp_manager.checkpoint_callback_params
+        path = self.config.model.validation_ds.file_path
+        if params.monitor is None or path is None:
+            return
+        few = self.task.load(path, num_samples=2)
+        known = named_metrics(self.evaluate(few, batch_size=2), "val")
+        if self.job.monitor[0] not in known:
+            raise ConfigError(
+                f"exp_manager.checkpoint_callback_params.monitor={params.monitor!r} is not a "
+                f"metric of this task; use one of {', '.join(known)}"
+            )
 
     def _create_run(self) -> None:
         def create() -> None:
