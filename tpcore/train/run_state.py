@@ -21,6 +21,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,14 +149,14 @@ def write_checkpoint(
                 os.fsync(file.fileno())
         except (OSError, RuntimeError) as error:
             # torch reports a full disk as a RuntimeError of its zip writer.
-            temporary.unlink(missing_ok=True)
             raise CheckpointError(f"{final} cannot be written: {error}") from error
 
     try:
         on_all_ranks(write, tp, dp)
     except ValueError:
         if dp.rank == 0:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
         raise
     if dp.rank == 0:
         os.replace(temporary, final)
