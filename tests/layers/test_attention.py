@@ -23,7 +23,7 @@ from tpcore.parallel.sharding import Replicated, Sharded, sharding_table
 
 SIZES = [1, 2, 4]
 H, HEADS, LAYER = 24, 4, 3
-# 171 tokens, three buckets, of which one is padded.
+# 171 tokens in two buckets, of which one is padded.
 LENGTHS = (5, 130, 1, 9, 2, 17, 7)
 STREAM = dropout_stream(LAYER, Site.ATTENTION_PROBS)
 

@@ -149,10 +149,11 @@ def test_init_parallel_refuses(no_torchrun, size, environment, message):
 
 
 _TORCHRUN_SCRIPT = """
-import torch
+import pathlib, sys, torch
 from tpcore.parallel import all_reduce, destroy_parallel, init_parallel
 tp, dp = init_parallel(2, timeout_s=60)
-print("sum", all_reduce(torch.ones(1), tp).item(), tp.size, dp.size)
+result = f"{all_reduce(torch.ones(1), tp).item()} {tp.size} {dp.size}"
+pathlib.Path(sys.argv[1], f"rank-{tp.rank}").write_text(result)
 destroy_parallel()
 destroy_parallel()
 """
@@ -162,8 +163,9 @@ def test_init_parallel_under_torchrun(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(_TORCHRUN_SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(script)]
+    command += ["--nproc-per-node", "2", str(script), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": os.getcwd(), "GLOO_SOCKET_IFNAME": "lo"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("sum 2.0 2 1") == 2
+    for rank in range(2):
+        assert (tmp_path / f"rank-{rank}").read_text() == "2.0 2 1"

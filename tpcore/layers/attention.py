@@ -25,7 +25,7 @@ from tpcore.parallel.random import DropoutContext, Site, dropout_stream
 # A bucket is closed when its scores, padding included, would exceed the real ones by this factor
 # and by more than so many scores per head, which is about what one more bucket costs in time.
 MAX_PADDED_WORK = 1.25
-FREE_PADDED_SCORES = 1 << 13
+FREE_PADDED_SCORES = 1 << 12
 # Bounds the memory of one bucket: 4M scores per head are 16 sequences of 512 tokens.
 MAX_BUCKET_SCORES = 1 << 22
 
