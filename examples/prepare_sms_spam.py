@@ -1,4 +1,4 @@
-"""Make train.tsv and validation.tsv from the SMS Spam Collection: duplicates out first, then a fixed split.
+"""SMS Spam Collection to train.tsv and validation.tsv: duplicates out first, then a fixed split.
 
     python examples/prepare_sms_spam.py OUTPUT_FOLDER [--source FILE] [--validation-percent 20]
 
@@ -29,6 +29,8 @@ SOURCE = Path(__file__).resolve().parent / "sms_spam" / "SMSSpamCollection.tsv"
 
 
 class Message(NamedTuple):
+    """One line of the collection."""
+
     line_number: int
     label: str
     text: str
@@ -86,6 +88,7 @@ def split(
 
 
 def main() -> int:
+    """The command line; 2 when a file cannot be read or written."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("output_folder", type=Path)
     parser.add_argument("--source", type=Path, default=SOURCE)

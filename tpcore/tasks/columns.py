@@ -187,7 +187,7 @@ def _label_of_two(
     if repeats[0] != repeats[1]:
         return repeats.index(True)
     single_words = [
-        all(len(cell.split()) == 1 for cell in column)
+        all(len(cell.split()) <= 1 for cell in column)
         and (len(set(column)) < len(column) or len(column) < 4)  # else it numbers the lines
         for column in columns
     ]

@@ -104,9 +104,9 @@ class TextClassification:
         they are 0 .. n-1, whether the training file has them all or not.
 
         Args:
-            config: the `model` section: dataset.{num_classes, max_seq_length, class_balancing},
-                class_labels.class_labels_file and classifier_head.fc_dropout; where `dataset` has
-                them, also text_column, label_column and header.
+            config: the `model` section: dataset.{num_classes, max_seq_length, class_balancing,
+                text_column, label_column, header}, class_labels.class_labels_file and
+                classifier_head.fc_dropout.
             tokenizer: of the encoder.
             train_path: the training file; may be None when a label file is given.
 
@@ -114,13 +114,7 @@ class TextClassification:
             ValueError: labels and num_classes do not fit; DataError when a file cannot be used.
         """
         data, labels_file = config.dataset, config.class_labels.class_labels_file
-        columns = ColumnSettings(
-            **{
-                name: getattr(data, name)
-                for name in ColumnSettings.__dataclass_fields__
-                if hasattr(data, name)
-            }
-        )
+        columns = ColumnSettings(data.text_column, data.label_column, data.header)
         labels = None if labels_file is None else Labels.from_file(labels_file)
         weights = layout = None
         if train_path is None:
