@@ -37,12 +37,12 @@ def _edit_models(change):
 # --- what is read --------------------------------------------------------------------------------
 
 
+# Version 0 with newer names cannot be: see the order of q/k/v rows below.
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
-@pytest.mark.parametrize("spelling", tiny.SPELLINGS)
-@pytest.mark.parametrize("version", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("version", "spelling"), [(0, "old"), *itertools.product((1, 2, 3), tiny.SPELLINGS)]
+)
 def test_every_version_spelling_and_split(tmp_path, version, spelling, nested):
-    if version == 0 and spelling != "old":
-        pytest.skip("names that came after checkpoint_version; refused, see below")
     for tp, pp in itertools.product((1, 2, 4), (1, 2, 4)):
         root = tiny.write_megatron(
             tmp_path / f"{tp}-{pp}",

@@ -103,6 +103,10 @@ def config_from_fields(
     Raises:
         CheckpointError: the two contradict each other, or a value is not supported.
     """
+    if sizes["num_token_types"] == 0:
+        raise CheckpointError(
+            f"{fields.where}: missing parameters: embeddings.token_type_embeddings.weight"
+        )
     for name, key in (
         ("vocab_size", "vocab_size"),
         ("hidden_size", "hidden_size"),
@@ -116,10 +120,6 @@ def config_from_fields(
             raise CheckpointError(
                 f"{fields.where}: {name}={claimed}, but the tensors in the folder say {sizes[key]}"
             )
-    if sizes["num_token_types"] == 0:
-        raise CheckpointError(
-            f"{fields.where}: missing parameters: embeddings.token_type_embeddings.weight"
-        )
     num_heads = fields.integer("num_attention_heads")
     if num_heads is None:
         raise CheckpointError(f"{fields.where}: num_attention_heads is missing")
