@@ -1,17 +1,19 @@
 """The ground floor: op schemas, the compiled libraries, and the counter-based dropout generator.
 
-Every raw op of tpcore is declared here, forward and backward, with its fake implementation and an Autograd
-kernel that refuses to be called where a gradient would silently be lost. The compiled libraries next to this
-file (`_C_cpu.abi3.so`, `_C_cuda.abi3.so`) register implementations for these schemas; what a library serves
-is read from the library itself, so Python and C++ cannot disagree about it.
+Every raw op of tpcore is declared here, forward and backward, with its fake implementation and an
+Autograd kernel that refuses to be called where a gradient would silently be lost. The compiled
+libraries next to this file (`_C_cpu.abi3.so`, `_C_cuda.abi3.so`) register implementations for these
+schemas; what a library serves is read from the library itself, so Python and C++ cannot disagree
+about it.
 
-Raw ops know nothing of autograd, of shapes beyond two (four for scores) dimensions, or of defaults: the
-functions in `tpcore.kernels` are the public face. Conventions shared by all of them:
+Raw ops know nothing of autograd, of shapes beyond two (four for scores) dimensions, or of defaults:
+the functions in `tpcore.kernels` are the public face. Conventions shared by all of them:
 
 * rows are tokens; the last dimension is contiguous, the row stride is free;
-* "accumulation dtype" is float64 for float64 input and float32 otherwise; statistics, and gradients of
-  weights and biases, are returned in it;
-* a gradient that is not needed comes back as an empty tensor, so that the number of outputs is fixed;
+* "accumulation dtype" is float64 for float64 input and float32 otherwise; statistics, and gradients
+  of weights and biases, are returned in it;
+* a gradient that is not needed comes back as an empty tensor, so that the number of outputs is
+  fixed;
 * a dropout key is (seed, stream, row_ids, columns): see `dropout_keep_mask`.
 """
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,69 +31,14 @@ from torch import Tensor
 
 LibraryName = Literal["cpu", "cuda"]
 
-SCHEMAS: dict[str, str] = {
-    # x [r, c] -> y [r, c] in the dtype of x; mean, rstd [r]
-    "layer_norm_forward": (
-        "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)"
-    ),
-    # total = x + residual, y = layer_norm(total)
-    "add_layer_norm_forward": (
-        "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps)"
-        " -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)"
-    ),
-    # grad_total (if given) is added to grad_x: the gradient that reaches the sum from elsewhere
-    "layer_norm_backward": (
-        "(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? grad_total,"
-        " bool need_grad_x, bool need_grad_weight, bool need_grad_bias)"
-        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)"
-    ),
-    "bias_gelu_forward": "(Tensor x, Tensor? bias, str approximate) -> Tensor",
-    "bias_gelu_backward": (
-        "(Tensor grad_y, Tensor x, Tensor? bias, str approximate, bool need_grad_x, bool need_grad_bias)"
-        " -> (Tensor grad_x, Tensor grad_bias)"
-    ),
-    # scores [b, n, sq, sk]; mask bool, expandable to scores; row_ids [b, sq].
-    # probs is what backward needs; with dropout_p == 0 it equals y and comes back empty.
-    "masked_softmax_forward": (
-        "(Tensor scores, Tensor? mask, float scale, bool causal, float dropout_p, Tensor? seed, int stream,"
-        " Tensor? row_ids, int head_offset) -> (Tensor y, Tensor probs)"
-    ),
-    "masked_softmax_backward": (
-        "(Tensor grad_y, Tensor probs, float scale, float dropout_p, Tensor? seed, int stream,"
-        " Tensor? row_ids, int head_offset) -> Tensor"
-    ),
-    # x, residual [t, h] of one dtype; bias [h]
-    "bias_dropout_residual_forward": (
-        "(Tensor x, Tensor? bias, Tensor? residual, float p, Tensor? seed, int stream, Tensor? row_ids,"
-        " int column_offset) -> Tensor"
-    ),
-    "bias_dropout_residual_backward": (
-        "(Tensor grad_y, float p, Tensor? seed, int stream, Tensor? row_ids, int column_offset,"
-        " bool need_grad_x, bool need_grad_bias) -> (Tensor grad_x, Tensor grad_bias)"
-    ),
-    # logits [t, v/tp], target int64 [t] of global ids; four vectors [t]
-    "cross_entropy_statistics": (
-        "(Tensor logits, Tensor target, int vocab_start, int num_classes, int ignore_index)"
-        " -> (Tensor max, Tensor sum_exp, Tensor target_logit, Tensor sum_logits)"
-    ),
-    "cross_entropy_backward": (
-        "(Tensor grad_loss, Tensor logits, Tensor target, Tensor log_sum_exp, int vocab_start, int num_classes,"
-        " int ignore_index, float label_smoothing) -> Tensor"
-    ),
-    # row_ids [b, sq] -> bool [b, num_heads, sq, num_columns]
-    "dropout_keep_mask": (
-        "(Tensor seed, Tensor row_ids, float p, int stream, int num_columns, int column_offset, int head_offset,"
-        " int num_heads) -> Tensor"
-    ),
-}
-
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which sums are kept for tensors of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --- Fakes: shapes, dtypes and strides of what the ops return ----------------------------------------------
+def _like(x: Tensor, needed: bool = True) -> Tensor:
+    return x.new_empty(x.shape if needed else (0,))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -101,72 +49,95 @@ def _columns(x: Tensor, needed: bool) -> Tensor:
     return x.new_empty(x.shape[-1:] if needed else (0,), dtype=accumulation_dtype(x.dtype))
 
 
-def _like(x: Tensor, needed: bool = True) -> Tensor:
-    return x.new_empty(x.shape if needed else (0,))
-
-
-def _fake_layer_norm_forward(x, weight, bias, eps):
-    return _like(x), _rows(x), _rows(x)
-
-
-def _fake_add_layer_norm_forward(x, residual, weight, bias, eps):
-    return _like(x), _like(x), _rows(x), _rows(x)
-
-
-def _fake_layer_norm_backward(
-    grad_y, x, mean, rstd, weight, grad_total, need_grad_x, need_grad_weight, need_grad_bias
-):
-    return _like(x, need_grad_x), _columns(x, need_grad_weight), _columns(x, need_grad_bias)
-
-
-def _fake_bias_gelu_forward(x, bias, approximate):
-    return _like(x)
-
-
-def _fake_bias_gelu_backward(grad_y, x, bias, approximate, need_grad_x, need_grad_bias):
-    return _like(x, need_grad_x), _columns(x, need_grad_bias)
-
-
-def _fake_masked_softmax_forward(
-    scores, mask, scale, causal, dropout_p, seed, stream, row_ids, head_offset
-):
-    return _like(scores), _like(scores, dropout_p > 0)
-
-
-def _fake_masked_softmax_backward(
-    grad_y, probs, scale, dropout_p, seed, stream, row_ids, head_offset
-):
-    return _like(probs)
-
-
-def _fake_bias_dropout_residual_forward(x, bias, residual, p, seed, stream, row_ids, column_offset):
-    return _like(x)
-
-
-def _fake_bias_dropout_residual_backward(
-    grad_y, p, seed, stream, row_ids, column_offset, need_grad_x, need_grad_bias
-):
-    return _like(grad_y, need_grad_x), _columns(grad_y, need_grad_bias)
-
-
-def _fake_cross_entropy_statistics(logits, target, vocab_start, num_classes, ignore_index):
-    return _rows(logits), _rows(logits), _rows(logits), _rows(logits)
-
-
-def _fake_cross_entropy_backward(
-    grad_loss, logits, target, log_sum_exp, vocab_start, num_classes, ignore_index, label_smoothing
-):
-    return _like(logits)
-
-
-def _fake_dropout_keep_mask(
-    seed, row_ids, p, stream, num_columns, column_offset, head_offset, num_heads
-):
-    batch, num_rows = row_ids.shape
-    return row_ids.new_empty((batch, num_heads, num_rows, num_columns), dtype=torch.bool)
-
-
-# --- Registration -------------------------------------------------------------------------------------------
+# Raw op -> (schema, fake): the fake says shapes, dtypes and strides of what the op returns.
+RAW_OPS: dict[str, tuple[str, Callable[..., Any]]] = {
+    # x [r, c] -> y [r, c] in the dtype of x; mean, rstd [r]
+    "layer_norm_forward": (
+        "(Tensor x, Tensor? weight, Tensor? bias, float eps)"
+        " -> (Tensor y, Tensor mean, Tensor rstd)",
+        lambda x, weight, bias, eps: (_like(x), _rows(x), _rows(x)),
+    ),
+    # total = x + residual, y = layer_norm(total)
+    "add_layer_norm_forward": (
+        "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps)"
+        " -> (Tensor y, Tensor total, Tensor mean, Tensor rstd)",
+        lambda x, residual, weight, bias, eps: (_like(x), _like(x), _rows(x), _rows(x)),
+    ),
+    # grad_total (if given) is added to grad_x: the gradient that reaches the sum from elsewhere
+    "layer_norm_backward": (
+        "(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, Tensor? grad_total,"
+        " bool need_grad_x, bool need_grad_weight, bool need_grad_bias)"
+        " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+        lambda grad_y, x, mean, rstd, weight, grad_total, need_x, need_weight, need_bias: (
+            _like(x, need_x),
+            _columns(x, need_weight),
+            _columns(x, need_bias),
+        ),
+    ),
+    # x [r, c], bias [c]
+    "bias_gelu_forward": (
+        "(Tensor x, Tensor? bias, str approximate) -> Tensor",
+        lambda x, bias, approximate: _like(x),
+    ),
+    "bias_gelu_backward": (
+        "(Tensor grad_y, Tensor x, Tensor? bias, str approximate, bool need_grad_x,"
+        " bool need_grad_bias) -> (Tensor grad_x, Tensor grad_bias)",
+        lambda grad_y, x, bias, approximate, need_x, need_bias: (
+            _like(x, need_x),
+            _columns(x, need_bias),
+        ),
+    ),
+    # scores [b, n, sq, sk]; mask bool, broadcastable to scores; row_ids [b, sq].
+    # probs is what backward needs; with dropout_p == 0 it equals y and comes back empty.
+    "masked_softmax_forward": (
+        "(Tensor scores, Tensor? mask, float scale, bool causal, float dropout_p, Tensor? seed,"
+        " int stream, Tensor? row_ids, int head_offset) -> (Tensor y, Tensor probs)",
+        lambda scores, mask, scale, causal, dropout_p, *key: (
+            _like(scores),
+            _like(scores, dropout_p > 0),
+        ),
+    ),
+    "masked_softmax_backward": (
+        "(Tensor grad_y, Tensor probs, float scale, float dropout_p, Tensor? seed, int stream,"
+        " Tensor? row_ids, int head_offset) -> Tensor",
+        lambda grad_y, probs, scale, dropout_p, *key: _like(probs),
+    ),
+    # x, residual [t, h] of one dtype; bias [h]
+    "bias_dropout_residual_forward": (
+        "(Tensor x, Tensor? bias, Tensor? residual, float p, Tensor? seed, int stream,"
+        " Tensor? row_ids, int column_offset) -> Tensor",
+        lambda x, bias, residual, p, *key: _like(x),
+    ),
+    "bias_dropout_residual_backward": (
+        "(Tensor grad_y, float p, Tensor? seed, int stream, Tensor? row_ids, int column_offset,"
+        " bool need_grad_x, bool need_grad_bias) -> (Tensor grad_x, Tensor grad_bias)",
+        lambda grad_y, p, seed, stream, row_ids, column_offset, need_x, need_bias: (
+            _like(grad_y, need_x),
+            _columns(grad_y, need_bias),
+        ),
+    ),
+    # logits [t, v/tp], target int64 [t] of global ids; four vectors [t]
+    "cross_entropy_statistics": (
+        "(Tensor logits, Tensor target, int vocab_start, int num_classes, int ignore_index)"
+        " -> (Tensor max, Tensor sum_exp, Tensor target_logit, Tensor sum_logits)",
+        lambda logits, *rest: tuple(_rows(logits) for _ in range(4)),
+    ),
+    "cross_entropy_backward": (
+        "(Tensor grad_loss, Tensor logits, Tensor target, Tensor log_sum_exp, int vocab_start,"
+        " int num_classes, int ignore_index, float label_smoothing) -> Tensor",
+        lambda grad_loss, logits, *rest: _like(logits),
+    ),
+    # row_ids [b, sq] -> bool [b, num_heads, sq, num_columns]
+    "dropout_keep_mask": (
+        "(Tensor seed, Tensor row_ids, float p, int stream, int num_columns, int column_offset,"
+        " int head_offset, int num_heads) -> Tensor",
+        lambda seed, row_ids, p, stream, num_columns, column_offset, head_offset, num_heads: (
+            row_ids.new_empty(
+                (row_ids.shape[0], num_heads, row_ids.shape[1], num_columns), dtype=torch.bool
+            )
+        ),
+    ),
+}
 
 _LIBRARY = torch.library.Library("tpcore", "DEF")
 
@@ -188,16 +159,17 @@ def _refuse_autograd(name: str) -> Any:
 
 
 def _register_ops() -> None:
-    for name, schema in SCHEMAS.items():
+    for name, (schema, fake) in RAW_OPS.items():
         _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"tpcore::{name}", globals()[f"_fake_{name}"], lib=_LIBRARY)
+        torch.library.register_fake(f"tpcore::{name}", fake, lib=_LIBRARY)
         _LIBRARY.impl(name, _refuse_autograd(name), "Autograd")
 
 
 _register_ops()
 
 
-# --- The compiled libraries ---------------------------------------------------------------------------------
+# --- The compiled libraries
+# ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -209,7 +181,8 @@ class NativeStatus:
         loaded: whether its ops can be called.
         path: where it is, or would be.
         reason: why it is not loaded; empty if it is.
-        info: what the library says of itself: "isa" (the instruction set in use) and "ops" (the raw ops it serves).
+        info: what the library says of itself: "isa" (the instruction set in use) and "ops" (the raw
+            ops it serves).
     """
 
     name: LibraryName
@@ -230,8 +203,9 @@ def _read_info(path: Path) -> dict[str, Any]:
     info = ctypes.CDLL(str(path)).tpcore_library_info
     info.restype = ctypes.c_char_p
     parsed = json.loads(info())
-    if parsed.get("error"):
-        raise OSError(parsed["error"])
+    if "error" in parsed:
+        # Someone pinned an instruction set; to go on without it would hide that it does not run.
+        raise ValueError(parsed["error"])
     return parsed
 
 
@@ -270,8 +244,9 @@ def _served_ops() -> dict[str, frozenset[str]]:
 NATIVE_OPS: dict[str, frozenset[str]] = _served_ops()
 
 
-# --- Philox4x32-10 ------------------------------------------------------------------------------------------
-# Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+# --- Philox4x32-10
+# --------------------------------------------------------------------------------- Salmon, Moraes,
+# Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -343,8 +318,8 @@ def check_dropout_key(p: float, seed: Tensor | None, stream: int, row_ids: Tenso
     """Checks what every dropout has in common.
 
     Raises:
-        ValueError: if p is outside [0, 1), the stream does not fit its 16 bits, or p > 0 comes without an int64
-            seed tensor of one element and int64 row_ids.
+        ValueError: if p is outside [0, 1), the stream does not fit its 16 bits, or p > 0 comes
+            without an int64 seed tensor of one element and int64 row_ids.
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"the dropout probability is {p}; expected 0 <= p < 1")
@@ -398,9 +373,10 @@ def dropout_keep_mask(
 ) -> Tensor:
     """Which elements of a [t, num_columns] matrix a dropout keeps; the same bits on every device.
 
-    The random word of an element is word `column % 4` of Philox4x32-10 with the key (low and high half of the seed)
-    and the counter (column // 4, low half of row_id, high half of row_id, head << 16 | stream), where column counts
-    from `column_offset`. It is kept if that word is at least round(p * 2^32), which is true with probability 1 - p.
+    The random word of an element is word `column % 4` of Philox4x32-10 with the key (low and high
+    half of the seed) and the counter (column // 4, low half of row_id, high half of row_id, head <<
+    16 | stream), where column counts from `column_offset`. It is kept if that word is at least
+    round(p * 2^32), which is true with probability 1 - p.
 
     Args:
         p: probability of dropping, 0 <= p < 1.
@@ -431,7 +407,8 @@ def attention_dropout_keep_mask(
     *,
     head_offset: int = 0,
 ) -> Tensor:
-    """`dropout_keep_mask` for scores: row_ids [b, sq] of the queries, heads from head_offset, columns = keys.
+    """`dropout_keep_mask` for scores: row_ids [b, sq] of the queries, heads from head_offset,
+    columns = keys.
 
     Returns:
         bool [b, num_heads, sq, num_columns], True = kept.

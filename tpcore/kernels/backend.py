@@ -1,9 +1,10 @@
 """Which code serves an op: chosen per call, overridable, and never silently.
 
-Backends, in order of preference: `cuda` and `cpu` (compiled, for tensors of that device), `triton`, and `reference`
-(plain PyTorch, any device). An op falls to the reference when no kernel serves the device or dtype at hand;
-`explain()` says which backend serves what and why the others do not. `use_backend("reference")` or the environment
-variable TPCORE_BACKEND makes the choice explicit, and a choice that cannot be honoured is an error.
+Backends, in order of preference: `cuda` and `cpu` (compiled, for tensors of that device), `triton`,
+and `reference` (plain PyTorch, any device). An op falls to the reference when no kernel serves the
+device or dtype at hand; `explain()` says which backend serves what and why the others do not.
+`use_backend("reference")` or the environment variable TPCORE_BACKEND makes the choice explicit, and
+a choice that cannot be honoured is an error.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ OPS: dict[str, tuple[str, ...]] = {
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# A process-wide override rather than a context variable: torch.compile guards on it, and backward, which may run on
-# another thread, keeps the choice its forward made.
+# A process-wide override rather than a context variable: torch.compile guards on it, and backward,
+# which may run on another thread, keeps the choice its forward made.
 _forced: str | None = None
 _recorder: list[tuple[str, str]] | None = None
 
@@ -65,7 +66,8 @@ def _device_refusal(backend: str, op: str, device: str) -> str:
     return f"the compiled library has no {missing[0]}" if missing else ""
 
 
-# (op, device type) -> the compiled backend that serves it. Filled once: nothing in it changes during a process.
+# (op, device type) -> the compiled backend that serves it. Filled once: nothing in it changes
+# during a process.
 _COMPILED: dict[tuple[str, str], str] = {
     (op, device): device
     for op in OPS
@@ -116,7 +118,8 @@ def use_backend(name: Backend) -> Iterator[None]:
     """Makes every op inside the block run on one backend, in the whole process.
 
     Raises:
-        ValueError: if there is no such backend. An op that the backend cannot serve raises when it is called.
+        ValueError: if there is no such backend. An op that the backend cannot serve raises when it
+            is called.
     """
     global _forced
     previous, _forced = _forced, _parse(name, "the backend")

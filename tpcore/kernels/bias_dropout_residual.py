@@ -5,8 +5,9 @@
     grad_x = keep * grad_y / (1 - p),   grad_bias = sum grad_x over rows,   grad_residual = grad_y
 
 No mask is stored: its bits come from a counter-based generator keyed by global coordinates
-(`tpcore._native.dropout_keep_mask`), so they are equal on every backend and for every way to split the tokens or the
-columns. Without bias and residual this is plain dropout, as after the embeddings. Saved for backward: the key.
+(`tpcore._native.dropout_keep_mask`), so they are equal on every backend and for every way to split
+the tokens or the columns. Without bias and residual this is plain dropout, as after the embeddings.
+Saved for backward: the key.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ class _BiasDropoutResidual(torch.autograd.Function):
                 write_x,
                 need_bias,
             )
-            grad_x = grad_x.view(grad_y.shape) if write_x else grad_y
+            grad_x = in_shape_of(grad_x, grad_y) if write_x else grad_y
         return (
             grad_x if need_x else None,
             grad_bias.to(ctx.bias_dtype) if need_bias and grad_bias is not None else None,
@@ -98,10 +99,11 @@ def bias_dropout_residual(
     row_ids: Tensor | None = None,
     column_offset: int = 0,
 ) -> Tensor:
-    """y = dropout(x + bias) + residual.
+    """Bias, dropout and residual in one pass: y = dropout(x + bias) + residual.
 
     Args:
-        x: [..., h], float32, bfloat16, float16 or float64; computed in float32 (float64 for float64).
+        x: [..., h], float32, bfloat16, float16 or float64; computed in float32 (float64 for
+            float64).
         bias: [h] or None, in the dtype of x or float32.
         residual: the shape of x, or None; if the dtypes differ, both are taken in the promoted one.
         p: probability of dropping an element, 0 <= p < 1; 0 needs no key.

@@ -4,10 +4,13 @@
 
     "none"          gelu(z) = z/2 (1 + erf(z / sqrt 2))
     "tanh"          gelu(z) = z/2 (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3)))
-    "erf_1.41421"   gelu(z) = z/2 (1 + erf(z / 1.41421)), which NeMo up to 1.4 computed under its onnx_safe switch
+    "erf_1.41421"   gelu(z) = z/2 (1 + erf(z / 1.41421)), which NeMo up to 1.4 computed under its
+    onnx_safe switch
 
-The three differ by up to 5e-4 (tanh) and 2e-6 (1.41421); a checkpoint is only reproduced by the one it was trained with.
-Source: Hendrycks, Gimpel, "Gaussian error linear units", arXiv 1606.08415. Saved for backward: x and bias, not z or y.
+The three differ by up to 5e-4 (tanh) and 2e-6 (1.41421); a checkpoint is only reproduced by the one
+it was trained with.
+Source: Hendrycks, Gimpel, "Gaussian error linear units", arXiv 1606.08415. Saved for backward: x
+    and bias, not z or y.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
 from tpcore.kernels.backend import choose
-from tpcore.kernels.rows import as_rows, in_shape_of
+from tpcore.kernels.rows import as_parameter_grad, as_rows, in_shape_of
 
 APPROXIMATIONS = ("none", "tanh", "erf_1.41421")
 
@@ -33,7 +36,6 @@ class _BiasGelu(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows, bias)
         ctx.approximate = approximate
-        ctx.shape = x.shape
         return in_shape_of(torch.ops.tpcore.bias_gelu_forward(rows, bias, approximate), x)
 
     @staticmethod
@@ -47,19 +49,21 @@ class _BiasGelu(torch.autograd.Function):
             as_rows(grad_y, rows.shape[1]), rows, bias, ctx.approximate, need_x, need_bias
         )
         return (
-            grad_x.view(ctx.shape) if need_x else None,
-            grad_bias.to(bias.dtype) if need_bias else None,
+            in_shape_of(grad_x, grad_y) if need_x else None,
+            as_parameter_grad(grad_bias, bias) if need_bias else None,
             None,
         )
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
-    """y = gelu(x + bias).
+    """Bias and GeLU in one pass: y = gelu(x + bias).
 
     Args:
-        x: [..., h], float32, bfloat16, float16 or float64; computed in float32 (float64 for float64).
+        x: [..., h], float32, bfloat16, float16 or float64; computed in float32 (float64 for
+            float64).
         bias: [h] or None, in the dtype of x or float32.
-        approximate: "none" (erf), "tanh" or "erf_1.41421"; the formulas stand at the top of this file.
+        approximate: "none" (erf), "tanh" or "erf_1.41421"; the formulas stand at the top of this
+            file.
 
     Returns:
         y in the shape and dtype of x, also under autocast.

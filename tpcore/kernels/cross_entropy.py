@@ -1,17 +1,20 @@
 """Cross entropy over a vocabulary that may be split over processes, in one read of the logits.
 
-Each shard reduces its columns to four numbers per token: the maximum m, d = sum exp(logit - m), the logit of the target
-(0 if another shard holds it) and the sum of its logits. `combine` turns them into the same four over all shards; with
-tensor parallelism that is one small collective, 16 bytes per token, and without it nothing. Then
+Each shard reduces its columns to four numbers per token: the maximum m, d = sum exp(logit - m), the
+logit of the target (0 if another shard holds it) and the sum of its logits. `combine` turns them
+into the same four over all shards; with tensor parallelism that is one small collective, 16 bytes
+per token, and without it nothing. Then
 
     lse = m + log d,    loss = lse - (1 - ls) * target_logit - ls / num_classes * sum_logits
 
-where ls is the label smoothing and num_classes the size of the whole vocabulary. Backward needs no communication:
+where ls is the label smoothing and num_classes the size of the whole vocabulary. Backward needs no
+communication:
 
-    grad_logits = grad_loss * (exp(logits - lse) - (1 - ls) * [column is the target] - ls / num_classes)
+    grad_logits = grad_loss * (exp(logits - lse) - (1 - ls) * [column is the target] - ls /
+    num_classes)
 
-Saved for backward: the logits and lse, not a softmax. This split of the work at the point where the shards meet is why
-kernels need not know of process groups.
+Saved for backward: the logits and lse, not a softmax. This split of the work at the point where the
+shards meet is why kernels need not know of process groups.
 """
 
 from __future__ import annotations
@@ -90,23 +93,26 @@ def cross_entropy(
     """Per-token cross entropy of a shard of the vocabulary.
 
     Args:
-        logits: [t, v/tp], float32, bfloat16, float16 or float64; statistics in float32 (float64 for float64).
+        logits: [t, v/tp], float32, bfloat16, float16 or float64; statistics in float32 (float64 for
+            float64).
         target: int64 [t], global class ids.
         vocab_start: global id of the first column.
-        num_classes: size of the whole vocabulary; columns with a global id from there on (padding) are left out. By
-            default the columns of logits, which is only right where there is one shard.
+        num_classes: size of the whole vocabulary; columns with a global id from there on (padding)
+            are left out. By default the columns of logits, which is only right where there is one
+            shard.
         ignore_index: tokens with this target have loss 0 and no gradient.
-        label_smoothing: weight of the uniform distribution over the num_classes classes, 0 <= label_smoothing < 1.
-        combine: turns (max, sum_exp, target_logit, sum_logits) of this shard into those of all shards; None where
-            this shard is the whole vocabulary.
+        label_smoothing: weight of the uniform distribution over the num_classes classes, 0 <=
+            label_smoothing < 1.
+        combine: turns (max, sum_exp, target_logit, sum_logits) of this shard into those of all
+            shards; None where this shard is the whole vocabulary.
 
     Returns:
-        loss [t], float32 (float64 for float64 logits), also under autocast. A target that is no class gives NaN
-        where it cannot be checked without waiting for the device.
+        loss [t], float32 (float64 for float64 logits), also under autocast. A target that is no
+        class gives NaN where it cannot be checked without waiting for the device.
 
     Raises:
-        ValueError: if shapes or dtypes do not fit, num_classes is missing on a shard, or (on the CPU) a target is
-            neither a class nor ignore_index.
+        ValueError: if shapes or dtypes do not fit, num_classes is missing on a shard, or (on the
+            CPU) a target is neither a class nor ignore_index.
     """
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
         raise ValueError(

@@ -2,12 +2,14 @@
 
     y = (x - mean) * rstd * weight + bias,    rstd = 1 / sqrt(var + eps)
 
-with mean and (biased) variance of each row in float32, whatever the dtype of x. With xhat = (x - mean) * rstd and
-g = grad_y * weight, over the c columns of a row:
+with mean and (biased) variance of each row in float32, whatever the dtype of x. With xhat = (x -
+mean) * rstd and g = grad_y * weight, over the c columns of a row:
 
-    grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)),   grad_weight = sum grad_y * xhat,   grad_bias = sum grad_y
+    grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)),   grad_weight = sum grad_y * xhat,
+    grad_bias = sum grad_y
 
-Source: Ba, Kiros, Hinton, "Layer normalization", arXiv 1607.06450. Saved for backward: x, mean, rstd.
+Source: Ba, Kiros, Hinton, "Layer normalization", arXiv 1607.06450. Saved for backward: x, mean,
+    rstd.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
 from tpcore.kernels.backend import choose
-from tpcore.kernels.rows import as_rows, in_shape_of
+from tpcore.kernels.rows import as_parameter_grad, as_rows, in_shape_of
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -39,17 +41,15 @@ class _LayerNorm(torch.autograd.Function):
         y, mean, rstd = torch.ops.tpcore.layer_norm_forward(rows, _flat(weight), _flat(bias), eps)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows, weight, bias, mean, rstd)
-        ctx.shape = x.shape
         return in_shape_of(y, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows, weight, bias, mean, rstd = ctx.saved_tensors
         if grad_y is None:
             return None, None, None, None, None
-        grads = _backward(ctx.needs_input_grad[:3], grad_y, rows, weight, bias, mean, rstd, None)
-        return *_shaped(grads, ctx.shape), None, None
+        needs = ctx.needs_input_grad[:3]
+        return *_backward(needs, grad_y, *ctx.saved_tensors, None), None, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -66,6 +66,7 @@ class _AddLayerNorm(torch.autograd.Function):
         y, total, mean, rstd = torch.ops.tpcore.add_layer_norm_forward(
             as_rows(x, num_columns), as_rows(residual, num_columns), weight, bias, eps
         )
+        # The output itself is saved, so that autograd notices if the caller modifies it in place.
         total = in_shape_of(total, x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, weight, bias, mean, rstd)
@@ -76,23 +77,13 @@ class _AddLayerNorm(torch.autograd.Function):
     def backward(
         ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        total, weight, bias, mean, rstd = ctx.saved_tensors
         if grad_y is None:
             return grad_total, grad_total, None, None, None
-        need_x, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
-        grad_x, grad_weight, grad_bias = _shaped(
-            _backward(
-                (need_x or need_residual, need_weight, need_bias),
-                grad_y,
-                as_rows(total, total.shape[-1]),
-                weight,
-                bias,
-                mean,
-                rstd,
-                grad_total,
-            ),
-            total.shape,
-        )
+        need_x, need_residual, *need_parameters, _ = ctx.needs_input_grad
+        needs = (need_x or need_residual, *need_parameters)
+        total, *saved = ctx.saved_tensors
+        rows = as_rows(total, total.shape[-1])
+        grad_x, grad_weight, grad_bias = _backward(needs, grad_y, rows, *saved, grad_total)
         return (
             grad_x if need_x else None,
             grad_x if need_residual else None,
@@ -127,17 +118,10 @@ def _backward(
         *needs,
     )
     return (
-        grad_x if needs[0] else None,
-        grad_weight.to(weight.dtype).reshape(weight.shape) if needs[1] else None,
-        grad_bias.to(bias.dtype).reshape(bias.shape) if needs[2] else None,
+        in_shape_of(grad_x, grad_y) if needs[0] else None,
+        as_parameter_grad(grad_weight, weight) if needs[1] else None,
+        as_parameter_grad(grad_bias, bias) if needs[2] else None,
     )
-
-
-def _shaped(
-    grads: tuple[Tensor | None, Tensor | None, Tensor | None], shape: torch.Size
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    grad_x, grad_weight, grad_bias = grads
-    return None if grad_x is None else grad_x.view(shape), grad_weight, grad_bias
 
 
 def _check_normalized_shape(
@@ -178,7 +162,8 @@ def layer_norm(
         weight: normalized_shape, or None for 1; in the dtype of x or float32.
         bias: normalized_shape, or None for 0; same dtype as weight.
         eps: added to the variance.
-        normalized_shape: the dimensions of a row; by default those of weight, without weight the last one.
+        normalized_shape: the dimensions of a row; by default those of weight, without weight the
+            last one.
 
     Returns:
         y in the shape and dtype of x, also under autocast.
@@ -203,7 +188,8 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Layer norm of a residual sum, in one pass: (layer_norm(x + residual), x + residual).
 
-    The sum is rounded to its dtype before it is normalized, so that it can serve as the next residual.
+    The sum is rounded to its dtype before it is normalized, so that it can serve as the next
+    residual.
 
     Args:
         x: [..., h].
@@ -213,7 +199,8 @@ def add_layer_norm(
         eps: added to the variance.
 
     Returns:
-        y and the sum, both in the shape of x and the promoted dtype of x and residual, also under autocast.
+        y and the sum, both in the shape of x and the promoted dtype of x and residual, also under
+        autocast.
 
     Raises:
         ValueError: if the shapes do not fit.

@@ -2,8 +2,9 @@
 
     p = softmax(scale * scores) over the keys that are not masked,    y = keep * p / (1 - dropout_p)
 
-A row whose keys are all masked gives zeros and receives zero gradient. Masked scores are never looked at: a NaN there
-changes nothing, while a NaN at a live key makes its row NaN. With g = keep * grad_y / (1 - dropout_p):
+A row whose keys are all masked gives zeros and receives zero gradient. Masked scores are never
+looked at: a NaN there changes nothing, while a NaN at a live key makes its row NaN. With g = keep *
+grad_y / (1 - dropout_p):
 
     grad_scores = scale * p * (g - sum(g * p))
 
@@ -105,7 +106,8 @@ def masked_softmax(
     """Attention probabilities: dropout(softmax(scale * scores)) over the keys that are not masked.
 
     Args:
-        scores: [b, n, sq, sk], float32, bfloat16, float16 or float64; softmax in float32 (float64 for float64).
+        scores: [b, n, sq, sk], float32, bfloat16, float16 or float64; softmax in float32 (float64
+            for float64).
         mask: bool, broadcastable to scores, True where a key is masked.
         scale: multiplies the scores.
         causal: also mask the keys after the query; the last query sees the last key.
@@ -117,7 +119,8 @@ def masked_softmax(
         head_offset: global number of the first head.
 
     Returns:
-        Probabilities in the shape and dtype of scores, also under autocast; zeros in fully masked rows.
+        Probabilities in the shape and dtype of scores, also under autocast; zeros in fully masked
+        rows.
 
     Raises:
         ValueError: if shapes or dtypes do not fit, or the dropout key is missing or out of range.

@@ -1,7 +1,8 @@
-"""Every op in a few lines of plain PyTorch: the specification that all other backends are tested against.
+"""Every op in a few lines of plain PyTorch: the specification of all other backends.
 
-Differentiable by autograd, any device, any floating dtype; computed in float32 (float64 for float64 input) and rounded
-once at the end. These functions expect valid arguments: the functions of `tpcore.kernels` check them.
+Differentiable by autograd, any device, any floating dtype; computed in float32 (float64 for float64
+input) and rounded once at the end. These functions expect valid arguments: the functions of
+`tpcore.kernels` check them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def layer_norm(
     bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """y = (x - mean) / sqrt(var + eps) * weight + bias over the last dimensions."""
+    """Layer norm: (x - mean) / sqrt(var + eps) * weight + bias over the last dimensions."""
     dtype = accumulation_dtype(x.dtype)
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
@@ -28,7 +29,7 @@ def layer_norm(
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    """y = gelu(x + bias), by erf, by tanh, or by erf with the constant 1.41421 for sqrt(2)."""
+    """Bias and GeLU: gelu(x + bias), by erf, by tanh, or by erf with the constant 1.41421 for sqrt(2)."""
     dtype = accumulation_dtype(x.dtype)
     z = x.to(dtype)
     if bias is not None:
@@ -39,7 +40,10 @@ def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
 
 
 def masked_positions(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
-    """True where a query may not see a key; None if it may see all. Causal is aligned at the last query and key."""
+    """True where a query may not see a key, None if it may see all.
+
+    Causal is aligned at the end: the last query sees the last key.
+    """
     if not causal:
         return mask
     num_queries, num_keys = scores.shape[-2:]
@@ -59,7 +63,7 @@ def masked_softmax(
     row_ids: Tensor | None,
     head_offset: int,
 ) -> Tensor:
-    """y = dropout(softmax(scale * scores)) over the keys that are not masked; zeros where all are."""
+    """Dropout of softmax(scale * scores) over the keys that are not masked; zeros where all are."""
     dtype = accumulation_dtype(scores.dtype)
     z = scores.to(dtype)
     if scale != 1.0:
@@ -89,7 +93,7 @@ def bias_dropout_residual(
     row_ids: Tensor | None,
     column_offset: int,
 ) -> Tensor:
-    """y = dropout(x + bias) + residual for x [t, h], in the promoted dtype of x and residual."""
+    """Bias, dropout, residual of x [t, h]: dropout(x + bias) + residual, in their promoted dtype."""
     dtype = accumulation_dtype(x.dtype)
     out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = x.to(dtype)
@@ -106,7 +110,7 @@ def bias_dropout_residual(
 def cross_entropy(
     logits: Tensor, target: Tensor, num_classes: int, ignore_index: int, label_smoothing: float
 ) -> Tensor:
-    """The per-token loss where one process holds the whole vocabulary: what shards together must reproduce."""
+    """Per-token loss over the whole vocabulary: what the shards together must reproduce."""
     live = logits[:, :num_classes].to(accumulation_dtype(logits.dtype))
     return F.cross_entropy(
         live, target, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
@@ -120,9 +124,10 @@ def _live_columns(logits: Tensor, vocab_start: int, num_classes: int) -> int:
 def cross_entropy_statistics(
     logits: Tensor, target: Tensor, vocab_start: int, num_classes: int, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What one shard knows of each row: max, sum exp(logit - max), logit of the target (0 if elsewhere), sum.
+    """What one shard knows of each row: max, sum exp(logit - max), logit of the target, sum.
 
-    A target that is neither a class nor ignore_index gives NaN, on every shard, so that the loss is never silently wrong.
+    The logit of a target on another shard is 0. A target that is neither a class nor ignore_index
+    gives NaN, on every shard, so that the loss is never silently wrong.
     """
     num_live = _live_columns(logits, vocab_start, num_classes)
     live = logits[:, :num_live].to(accumulation_dtype(logits.dtype))
@@ -150,7 +155,7 @@ def cross_entropy_backward(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    """grad = grad_loss * (exp(logit - lse) - (1 - ls) [column is the target] - ls / num_classes); 0 where ignored."""
+    """Gradient of the logits of one shard: the formula in cross_entropy.py; 0 where ignored."""
     num_live = _live_columns(logits, vocab_start, num_classes)
     live = logits[:, :num_live].to(accumulation_dtype(logits.dtype))
     grad = (live - log_sum_exp[:, None]).exp_()

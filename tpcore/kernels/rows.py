@@ -1,4 +1,4 @@
-"""Kernels see rows: tensors of any shape become matrices and back, without a copy where strides allow."""
+"""Kernels see rows: tensors of any shape become matrices and back."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ from torch import Tensor
 
 
 def as_rows(x: Tensor, num_columns: int) -> Tensor:
-    """x as [rows, num_columns] with contiguous columns; a view unless the strides of x forbid it."""
+    """[rows, num_columns] with contiguous columns; a view of x unless its strides forbid it."""
     if x.dim() != 2 or x.shape[1] != num_columns:
         x = x.reshape(x.numel() // num_columns, num_columns)
     return x if x.stride(1) == 1 or num_columns == 1 else x.contiguous()
 
 
+def as_parameter_grad(total: Tensor, parameter: Tensor) -> Tensor:
+    """A column sum in accumulation dtype as the gradient of a weight or bias."""
+    if total.dtype != parameter.dtype:
+        total = total.to(parameter.dtype)
+    return total if parameter.dim() == 1 else total.view(parameter.shape)
+
+
 def in_shape_of(rows: Tensor, x: Tensor) -> Tensor:
     """The contiguous result `rows` in the shape of x.
 
-    Not a view as autograd counts them: a Function may not return a view that callers then modify in place.
+    Not a view as autograd counts them: a Function may not return a view that callers then modify in
+    place.
     """
     if rows.shape == x.shape:
         return rows

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// Chooses the instruction set, once.
+#include <cstdlib>
+#include <cstring>
+
+#include "tpcore/kernels.h"
+
+// The launchers of every instruction set that was compiled in.
+#define TPCORE_DECLARE_ISA(isa)                                                      \
+  namespace tpcore {                                                                 \
+  namespace isa {                                                                    \
+  void layer_norm_forward(const LayerNormForward&, ParallelFor);                     \
+  void layer_norm_backward(const LayerNormBackward&, ParallelFor);                   \
+  void dropout_mask(const DropoutMask&, ParallelFor);                                \
+  static const CpuKernels kKernels = {#isa, layer_norm_forward, layer_norm_backward, \
+                                      dropout_mask};                                 \
+  }                                                                                  \
+  }
+
+#if defined(__x86_64__)
+TPCORE_DECLARE_ISA(scalar)
+TPCORE_DECLARE_ISA(avx2)
+TPCORE_DECLARE_ISA(avx512)
+#define TPCORE_ISA_NAMES "scalar, avx2, avx512"
+#elif defined(__aarch64__)
+TPCORE_DECLARE_ISA(neon)
+#define TPCORE_ISA_NAMES "neon"
+#else
+TPCORE_DECLARE_ISA(scalar)
+#define TPCORE_ISA_NAMES "scalar"
+#endif
+
+namespace tpcore {
+namespace {
+
+struct Choice {
+  const CpuKernels* kernels;
+  const char* error;
+};
+
+// From the slowest to the fastest; a machine runs a prefix of the list.
+int runnable(const CpuKernels* list[3]) {
+  int count = 0;
+#if defined(__x86_64__)
+  list[count++] = &scalar::kKernels;
+  // These builtins also ask the operating system whether it saves the wide registers.
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    list[count++] = &avx2::kKernels;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+      list[count++] = &avx512::kKernels;
+    }
+  }
+#elif defined(__aarch64__)
+  list[count++] = &neon::kKernels;
+#else
+  list[count++] = &scalar::kKernels;
+#endif
+  return count;
+}
+
+Choice choose() {
+  const CpuKernels* list[3];
+  const int count = runnable(list);
+  const char* pinned = std::getenv("TPCORE_CPU_ISA");
+  if (pinned == nullptr || *pinned == '\0') return {list[count - 1], ""};
+  for (int i = 0; i < count; ++i) {
+    if (std::strcmp(list[i]->isa, pinned) == 0) return {list[i], ""};
+  }
+  return {nullptr,
+          "the environment variable TPCORE_CPU_ISA names an instruction set that this machine or "
+          "build does not "
+          "have; known ones: " TPCORE_ISA_NAMES};
+}
+
+const Choice& choice() {
+  static const Choice chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+const CpuKernels* cpu_kernels() { return choice().kernels; }
+const char* cpu_kernels_error() { return choice().error; }
+
+}  // namespace tpcore

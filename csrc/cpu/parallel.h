@@ -1,0 +1,62 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows over the caller's thread pool, and sums over rows whose bits do not depend on it.
+#pragma once
+
+#include "simd.h"
+#include "tpcore/kernels.h"
+
+namespace tpcore {
+namespace TPCORE_ISA {
+
+// Below this many bytes of traffic a task costs more to hand out than to do.
+constexpr int64_t kTaskBytes = 16 * 1024;
+
+// function(begin, end) for pieces of [0, count).
+template <class Function>
+void parallel_pieces(ParallelFor parallel_for, int64_t count, int64_t grain,
+                     const Function& function) {
+  if (count == 0) return;
+  parallel_for(count, grain, &function, [](const void* closure, int64_t begin, int64_t end) {
+    (*static_cast<const Function*>(closure))(begin, end);
+  });
+}
+
+// function(begin, end) for pieces of [0, rows) that are worth a task.
+template <class Function>
+void parallel_rows(ParallelFor parallel_for, int64_t rows, int64_t bytes_per_row,
+                   const Function& function) {
+  const int64_t grain = bytes_per_row < 1 ? rows : (kTaskBytes + bytes_per_row - 1) / bytes_per_row;
+  parallel_pieces(parallel_for, rows, grain, function);
+}
+
+// function(sum, begin, end) for each partial sum over rows; see partial_sums.
+template <class Function>
+void parallel_sums(ParallelFor parallel_for, int64_t rows, const Function& function) {
+  const int64_t each = rows_per_partial_sum(rows);
+  parallel_pieces(parallel_for, partial_sums(rows), 1, [&](int64_t first, int64_t last) {
+    for (int64_t sum = first; sum < last; ++sum) {
+      const int64_t begin = sum * each;
+      function(sum, begin, begin + each < rows ? begin + each : rows);
+    }
+  });
+}
+
+// out[c] = sum over s of partials[s * stride + c], in the order of s; nothing if out is null.
+template <class A>
+void add_partial_sums(ParallelFor parallel_for, const A* partials, int64_t sums, int64_t stride,
+                      int64_t columns, A* out) {
+  using V = Vec<A>;
+  if (out == nullptr) return;
+  parallel_pieces(parallel_for, columns, 1024, [&](int64_t begin, int64_t end) {
+    for_each_vector<V>(end - begin, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
+      V total;
+      for (int64_t s = 0; s < sums; ++s) {
+        total = total + V::load(partials + s * stride + begin + i, lanes);
+      }
+      total.store(out + begin + i, lanes);
+    });
+  });
+}
+
+}  // namespace TPCORE_ISA
+}  // namespace tpcore

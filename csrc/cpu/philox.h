@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// Philox4x32-10 in vectors: the dropout bits of one row.
+//
+// Each 64-bit lane carries one 32-bit word of one counter. A round needs the whole 64-bit product
+// of a word, which is what a lane then holds; its upper half is rubbish to the next multiplication,
+// which reads low words only.
+#pragma once
+
+#include "simd.h"
+#include "tpcore/kernels.h"
+
+namespace tpcore {
+namespace TPCORE_ISA {
+
+// The words of the counter and the key that are the same along a row.
+struct RowKey {
+  uint32_t row_low, row_high, head_and_stream, key0, key1, threshold;
+};
+
+TPCORE_INLINE RowKey row_key(const DropoutKey& key, int64_t row, int64_t head) {
+  const uint64_t row_id = static_cast<uint64_t>(key.row_ids[row]);
+  return {static_cast<uint32_t>(row_id),
+          static_cast<uint32_t>(row_id >> 32),
+          static_cast<uint32_t>(key.head_offset + head) << 16 | key.stream,
+          static_cast<uint32_t>(key.seed),
+          static_cast<uint32_t>(key.seed >> 32),
+          key.threshold};
+}
+
+// Independent counters in flight: the latency of the multiplication is several times its
+// throughput.
+constexpr int kInterleave = 4;
+constexpr int64_t kGroupsPerBlock = kInterleave * U64::size;
+constexpr int64_t kColumnsPerBlock = 4 * kGroupsPerBlock;
+
+// keep[4 * g + w] = word w of the counter of group first_group + g is at least the threshold, as
+// bytes 0 or 1, for kGroupsPerBlock groups of four columns.
+TPCORE_INLINE void keep_block(const RowKey& key, uint64_t first_group, uint8_t* keep) {
+  U64 c0[kInterleave], c1[kInterleave], c2[kInterleave], c3[kInterleave];
+  for (int i = 0; i < kInterleave; ++i) {
+    c0[i] = U64::iota(first_group + static_cast<uint64_t>(i) * U64::size);
+    c1[i] = U64(key.row_low);
+    c2[i] = U64(key.row_high);
+    c3[i] = U64(key.head_and_stream);
+  }
+  const U64 multiplier0(kPhiloxMultiplier0), multiplier1(kPhiloxMultiplier1);
+  uint32_t k0 = key.key0, k1 = key.key1;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const U64 round_key0(k0), round_key1(k1);
+    for (int i = 0; i < kInterleave; ++i) {
+      const U64 product0 = multiply_low_words(c0[i], multiplier0);
+      const U64 product1 = multiply_low_words(c2[i], multiplier1);
+      c0[i] = xor3(product1.shift_right<32>(), c1[i], round_key0);
+      c2[i] = xor3(product0.shift_right<32>(), c3[i], round_key1);
+      c1[i] = product1;
+      c3[i] = product0;
+    }
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
+  }
+  // word - threshold is negative exactly where the element is dropped: the sign bits become four
+  // bytes.
+  const U64 low_words(0xffffffffu), threshold(key.threshold), ones(0x01010101u), none(0);
+  for (int i = 0; i < kInterleave; ++i) {
+    const U64 drop0 = ((c0[i] & low_words) - threshold).shift_right<63>();
+    const U64 drop1 = ((c1[i] & low_words) - threshold).shift_right<63>().shift_left<8>();
+    const U64 drop2 = ((c2[i] & low_words) - threshold).shift_right<63>().shift_left<16>();
+    const U64 drop3 = ((c3[i] & low_words) - threshold).shift_right<63>().shift_left<24>();
+    const U64 dropped = (drop0 | drop1) | (drop2 | drop3);
+    uint32_t bytes[U64::size];
+    xor3(dropped, ones, none).store_low_words(bytes);
+    memcpy(keep + 4 * i * U64::size, bytes, sizeof bytes);
+  }
+}
+
+// keep[c] for the columns first_column + [0, columns) of a row, 0 <= first_column.
+inline void keep_columns(const RowKey& key, int64_t first_column, int64_t columns, uint8_t* keep) {
+  const int64_t skip = first_column % 4;
+  int64_t group = first_column / 4;
+  // `at` is where the block of `group` starts in keep; the first block may start before it, the
+  // last end after it.
+  for (int64_t at = -skip; at < columns; at += kColumnsPerBlock, group += kGroupsPerBlock) {
+    if (at >= 0 && at + kColumnsPerBlock <= columns) {
+      keep_block(key, static_cast<uint64_t>(group), keep + at);
+      continue;
+    }
+    uint8_t block[kColumnsPerBlock];
+    keep_block(key, static_cast<uint64_t>(group), block);
+    const int64_t begin = at < 0 ? -at : 0;
+    const int64_t end = columns - at < kColumnsPerBlock ? columns - at : kColumnsPerBlock;
+    memcpy(keep + at + begin, block + begin, static_cast<size_t>(end - begin));
+  }
+}
+
+}  // namespace TPCORE_ISA
+}  // namespace tpcore

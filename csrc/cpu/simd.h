@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vector type of the CPU kernels. Each translation unit is compiled for one instruction set,
+// named by the macro TPCORE_ISA, and everything in it lives in `namespace tpcore::TPCORE_ISA`:
+// units for different instruction sets share no symbol, so none of them can be linked into a
+// machine that lacks it.
+//
+//   Vec<float>, Vec<double>   arithmetic; load and store float32, bfloat16, float16, float64,
+//   converting on the way U64                       64-bit lanes for Philox: each holds a 32-bit
+//   word and room for its product Full, Partial{n}          how many lanes count: partial loads
+//   fill up with zeros, partial stores leave the rest of
+//                             memory alone, `only` zeroes the lanes that do not count
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "tpcore/math.h"
+
+#define TPCORE_INLINE inline __attribute__((always_inline))
+#define TPCORE_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace tpcore {
+namespace TPCORE_ISA {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+struct Full {};
+struct Partial {
+  int64_t count;  // 1 .. lanes - 1
+};
+
+template <class A>
+struct Vec;
+
+// Builtins, not <cmath>: an inline function of namespace std would be a symbol that units share.
+TPCORE_INLINE float square_root(float value) { return __builtin_sqrtf(value); }
+TPCORE_INLINE double square_root(double value) { return __builtin_sqrt(value); }
+
+// The accumulation type of T.
+template <class T>
+struct Accumulation {
+  using type = float;
+};
+template <>
+struct Accumulation<double> {
+  using type = double;
+};
+
+}  // namespace TPCORE_ISA
+}  // namespace tpcore
+
+#if defined(TPCORE_ISA_AVX512)
+#include "simd_avx512.h"
+#elif defined(TPCORE_ISA_AVX2)
+#include "simd_avx2.h"
+#else
+#include "simd_baseline.h"
+#endif
+
+namespace tpcore {
+namespace TPCORE_ISA {
+
+// Calls function(i, slot, lanes) for the vectors that cover [0, n): i is the first element, slot
+// cycles through 0..3 so that four independent accumulators can hide the latency of an addition,
+// lanes is Full{} or, at the end, Partial{n}.
+template <class V, class Function>
+TPCORE_INLINE void for_each_vector(int64_t n, const Function& function) {
+  constexpr int64_t W = V::size;
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    function(i, 0, Full{});
+    function(i + W, 1, Full{});
+    function(i + 2 * W, 2, Full{});
+    function(i + 3 * W, 3, Full{});
+  }
+  for (; i + W <= n; i += W) function(i, 0, Full{});
+  if (i < n) function(i, 0, Partial{n - i});
+}
+
+}  // namespace TPCORE_ISA
+}  // namespace tpcore

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX2 + FMA + F16C. Included by simd.h only.
+#pragma once
+
+#include <immintrin.h>
+
+namespace tpcore {
+namespace TPCORE_ISA {
+
+// A mask of the first `count` of eight 32-bit lanes.
+TPCORE_INLINE __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+// A mask of the first `count` of four 64-bit lanes.
+TPCORE_INLINE __m256i first_wide_lanes(int64_t count) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(count), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+// `count` 16-bit numbers, and zeros.
+TPCORE_INLINE __m128i load_shorts(const void* p, int64_t count) {
+  alignas(16) uint16_t buffer[8] = {};
+  memcpy(buffer, p, static_cast<size_t>(count) * 2);
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(buffer));
+}
+TPCORE_INLINE void store_shorts(void* p, __m128i shorts, int64_t count) {
+  alignas(16) uint16_t buffer[8];
+  _mm_store_si128(reinterpret_cast<__m128i*>(buffer), shorts);
+  memcpy(p, buffer, static_cast<size_t>(count) * 2);
+}
+
+template <>
+struct Vec<float> {
+  static constexpr int64_t size = 8;
+  __m256 v;
+
+  TPCORE_INLINE Vec() : v(_mm256_setzero_ps()) {}
+  TPCORE_INLINE Vec(__m256 raw) : v(raw) {}
+  TPCORE_INLINE explicit Vec(float value) : v(_mm256_set1_ps(value)) {}
+
+  static TPCORE_INLINE Vec load(const float* p, Full) { return _mm256_loadu_ps(p); }
+  static TPCORE_INLINE Vec load(const float* p, Partial lanes) {
+    return _mm256_maskload_ps(p, first_lanes(lanes.count));
+  }
+  static TPCORE_INLINE Vec load(const BFloat16* p, Full) { return widen_bfloat16(load128(p)); }
+  static TPCORE_INLINE Vec load(const BFloat16* p, Partial lanes) {
+    return widen_bfloat16(load_shorts(p, lanes.count));
+  }
+  static TPCORE_INLINE Vec load(const Float16* p, Full) { return _mm256_cvtph_ps(load128(p)); }
+  static TPCORE_INLINE Vec load(const Float16* p, Partial lanes) {
+    return _mm256_cvtph_ps(load_shorts(p, lanes.count));
+  }
+
+  TPCORE_INLINE void store(float* p, Full) const { _mm256_storeu_ps(p, v); }
+  TPCORE_INLINE void store(float* p, Partial lanes) const {
+    _mm256_maskstore_ps(p, first_lanes(lanes.count), v);
+  }
+  TPCORE_INLINE void store(BFloat16* p, Full) const { store128(p, narrow_bfloat16()); }
+  TPCORE_INLINE void store(BFloat16* p, Partial lanes) const {
+    store_shorts(p, narrow_bfloat16(), lanes.count);
+  }
+  TPCORE_INLINE void store(Float16* p, Full) const { store128(p, narrow_float16()); }
+  TPCORE_INLINE void store(Float16* p, Partial lanes) const {
+    store_shorts(p, narrow_float16(), lanes.count);
+  }
+
+  TPCORE_INLINE Vec only(Full) const { return *this; }
+  TPCORE_INLINE Vec only(Partial lanes) const {
+    return _mm256_and_ps(v, _mm256_castsi256_ps(first_lanes(lanes.count)));
+  }
+  TPCORE_INLINE float sum() const {
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+  }
+
+ private:
+  static TPCORE_INLINE __m128i load128(const void* p) {
+    return _mm_loadu_si128(static_cast<const __m128i*>(p));
+  }
+  static TPCORE_INLINE void store128(void* p, __m128i raw) {
+    _mm_storeu_si128(static_cast<__m128i*>(p), raw);
+  }
+  static TPCORE_INLINE __m256 widen_bfloat16(__m128i shorts) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(shorts), 16));
+  }
+  TPCORE_INLINE __m128i narrow_bfloat16() const {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i words = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+    const __m256i packed = _mm256_packus_epi32(words, words);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  }
+  TPCORE_INLINE __m128i narrow_float16() const {
+    return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int64_t size = 4;
+  __m256d v;
+
+  TPCORE_INLINE Vec() : v(_mm256_setzero_pd()) {}
+  TPCORE_INLINE Vec(__m256d raw) : v(raw) {}
+  TPCORE_INLINE explicit Vec(double value) : v(_mm256_set1_pd(value)) {}
+
+  static TPCORE_INLINE Vec load(const double* p, Full) { return _mm256_loadu_pd(p); }
+  static TPCORE_INLINE Vec load(const double* p, Partial lanes) {
+    return _mm256_maskload_pd(p, first_wide_lanes(lanes.count));
+  }
+  TPCORE_INLINE void store(double* p, Full) const { _mm256_storeu_pd(p, v); }
+  TPCORE_INLINE void store(double* p, Partial lanes) const {
+    _mm256_maskstore_pd(p, first_wide_lanes(lanes.count), v);
+  }
+
+  TPCORE_INLINE Vec only(Full) const { return *this; }
+  TPCORE_INLINE Vec only(Partial lanes) const {
+    return _mm256_and_pd(v, _mm256_castsi256_pd(first_wide_lanes(lanes.count)));
+  }
+  TPCORE_INLINE double sum() const {
+    const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+  }
+};
+
+TPCORE_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm256_add_ps(a.v, b.v); }
+TPCORE_INLINE Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm256_sub_ps(a.v, b.v); }
+TPCORE_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) { return _mm256_mul_ps(a.v, b.v); }
+TPCORE_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return _mm256_fmadd_ps(a.v, b.v, c.v);
+}
+TPCORE_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) {
+  return _mm256_add_pd(a.v, b.v);
+}
+TPCORE_INLINE Vec<double> operator-(Vec<double> a, Vec<double> b) {
+  return _mm256_sub_pd(a.v, b.v);
+}
+TPCORE_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) {
+  return _mm256_mul_pd(a.v, b.v);
+}
+TPCORE_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return _mm256_fmadd_pd(a.v, b.v, c.v);
+}
+
+struct U64 {
+  static constexpr int64_t size = 4;
+  __m256i v;
+
+  TPCORE_INLINE U64() : v(_mm256_setzero_si256()) {}
+  TPCORE_INLINE U64(__m256i raw) : v(raw) {}
+  TPCORE_INLINE explicit U64(uint64_t value)
+      : v(_mm256_set1_epi64x(static_cast<long long>(value))) {}
+  static TPCORE_INLINE U64 iota(uint64_t first) {
+    return _mm256_add_epi64(U64(first).v, _mm256_setr_epi64x(0, 1, 2, 3));
+  }
+
+  template <int N>
+  TPCORE_INLINE U64 shift_left() const {
+    return _mm256_slli_epi64(v, N);
+  }
+  template <int N>
+  TPCORE_INLINE U64 shift_right() const {
+    return _mm256_srli_epi64(v, N);
+  }
+  TPCORE_INLINE void store_low_words(uint32_t* p) const {
+    const __m256i low = _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(low));
+  }
+};
+
+TPCORE_INLINE U64 operator+(U64 a, U64 b) { return _mm256_add_epi64(a.v, b.v); }
+TPCORE_INLINE U64 operator-(U64 a, U64 b) { return _mm256_sub_epi64(a.v, b.v); }
+TPCORE_INLINE U64 operator&(U64 a, U64 b) { return _mm256_and_si256(a.v, b.v); }
+TPCORE_INLINE U64 operator|(U64 a, U64 b) { return _mm256_or_si256(a.v, b.v); }
+TPCORE_INLINE U64 xor3(U64 a, U64 b, U64 c) {
+  return _mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v);
+}
+// The 64-bit products of the low words; high words are ignored.
+TPCORE_INLINE U64 multiply_low_words(U64 a, U64 b) { return _mm256_mul_epu32(a.v, b.v); }
+
+}  // namespace TPCORE_ISA
+}  // namespace tpcore

@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX-512 F, BW, VL, DQ. Included by simd.h only.
+#pragma once
+
+#include <immintrin.h>
+
+namespace tpcore {
+namespace TPCORE_ISA {
+
+TPCORE_INLINE __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>((1u << count) - 1u);
+}
+
+template <>
+struct Vec<float> {
+  static constexpr int64_t size = 16;
+  __m512 v;
+
+  TPCORE_INLINE Vec() : v(_mm512_setzero_ps()) {}
+  TPCORE_INLINE Vec(__m512 raw) : v(raw) {}
+  TPCORE_INLINE explicit Vec(float value) : v(_mm512_set1_ps(value)) {}
+
+  static TPCORE_INLINE Vec load(const float* p, Full) { return _mm512_loadu_ps(p); }
+  static TPCORE_INLINE Vec load(const float* p, Partial lanes) {
+    return _mm512_maskz_loadu_ps(first_lanes(lanes.count), p);
+  }
+  static TPCORE_INLINE Vec load(const BFloat16* p, Full) {
+    return widen_bfloat16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static TPCORE_INLINE Vec load(const BFloat16* p, Partial lanes) {
+    return widen_bfloat16(_mm256_maskz_loadu_epi16(first_lanes(lanes.count), p));
+  }
+  static TPCORE_INLINE Vec load(const Float16* p, Full) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static TPCORE_INLINE Vec load(const Float16* p, Partial lanes) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(lanes.count), p));
+  }
+
+  TPCORE_INLINE void store(float* p, Full) const { _mm512_storeu_ps(p, v); }
+  TPCORE_INLINE void store(float* p, Partial lanes) const {
+    _mm512_mask_storeu_ps(p, first_lanes(lanes.count), v);
+  }
+  TPCORE_INLINE void store(BFloat16* p, Full) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bfloat16());
+  }
+  TPCORE_INLINE void store(BFloat16* p, Partial lanes) const {
+    _mm256_mask_storeu_epi16(p, first_lanes(lanes.count), narrow_bfloat16());
+  }
+  TPCORE_INLINE void store(Float16* p, Full) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_float16());
+  }
+  TPCORE_INLINE void store(Float16* p, Partial lanes) const {
+    _mm256_mask_storeu_epi16(p, first_lanes(lanes.count), narrow_float16());
+  }
+
+  TPCORE_INLINE Vec only(Full) const { return *this; }
+  TPCORE_INLINE Vec only(Partial lanes) const {
+    return _mm512_maskz_mov_ps(first_lanes(lanes.count), v);
+  }
+  TPCORE_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
+
+ private:
+  static TPCORE_INLINE __m512 widen_bfloat16(__m256i shorts) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(shorts), 16));
+  }
+  // By integer arithmetic: vcvtneps2bf16 would flush denormals.
+  TPCORE_INLINE __m256i narrow_bfloat16() const {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+  }
+  TPCORE_INLINE __m256i narrow_float16() const {
+    return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int64_t size = 8;
+  __m512d v;
+
+  TPCORE_INLINE Vec() : v(_mm512_setzero_pd()) {}
+  TPCORE_INLINE Vec(__m512d raw) : v(raw) {}
+  TPCORE_INLINE explicit Vec(double value) : v(_mm512_set1_pd(value)) {}
+
+  static TPCORE_INLINE Vec load(const double* p, Full) { return _mm512_loadu_pd(p); }
+  static TPCORE_INLINE Vec load(const double* p, Partial lanes) {
+    return _mm512_maskz_loadu_pd(static_cast<__mmask8>(first_lanes(lanes.count)), p);
+  }
+  TPCORE_INLINE void store(double* p, Full) const { _mm512_storeu_pd(p, v); }
+  TPCORE_INLINE void store(double* p, Partial lanes) const {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_lanes(lanes.count)), v);
+  }
+
+  TPCORE_INLINE Vec only(Full) const { return *this; }
+  TPCORE_INLINE Vec only(Partial lanes) const {
+    return _mm512_maskz_mov_pd(static_cast<__mmask8>(first_lanes(lanes.count)), v);
+  }
+  TPCORE_INLINE double sum() const { return _mm512_reduce_add_pd(v); }
+};
+
+TPCORE_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm512_add_ps(a.v, b.v); }
+TPCORE_INLINE Vec<float> operator-(Vec<float> a, Vec<float> b) { return _mm512_sub_ps(a.v, b.v); }
+TPCORE_INLINE Vec<float> operator*(Vec<float> a, Vec<float> b) { return _mm512_mul_ps(a.v, b.v); }
+TPCORE_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return _mm512_fmadd_ps(a.v, b.v, c.v);
+}
+TPCORE_INLINE Vec<double> operator+(Vec<double> a, Vec<double> b) {
+  return _mm512_add_pd(a.v, b.v);
+}
+TPCORE_INLINE Vec<double> operator-(Vec<double> a, Vec<double> b) {
+  return _mm512_sub_pd(a.v, b.v);
+}
+TPCORE_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) {
+  return _mm512_mul_pd(a.v, b.v);
+}
+TPCORE_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return _mm512_fmadd_pd(a.v, b.v, c.v);
+}
+
+struct U64 {
+  static constexpr int64_t size = 8;
+  __m512i v;
+
+  TPCORE_INLINE U64() : v(_mm512_setzero_si512()) {}
+  TPCORE_INLINE U64(__m512i raw) : v(raw) {}
+  TPCORE_INLINE explicit U64(uint64_t value)
+      : v(_mm512_set1_epi64(static_cast<long long>(value))) {}
+  static TPCORE_INLINE U64 iota(uint64_t first) {
+    return _mm512_add_epi64(U64(first).v, _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+  }
+
+  template <int N>
+  TPCORE_INLINE U64 shift_left() const {
+    return _mm512_slli_epi64(v, N);
+  }
+  template <int N>
+  TPCORE_INLINE U64 shift_right() const {
+    return _mm512_srli_epi64(v, N);
+  }
+  TPCORE_INLINE void store_low_words(uint32_t* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(v));
+  }
+};
+
+TPCORE_INLINE U64 operator+(U64 a, U64 b) { return _mm512_add_epi64(a.v, b.v); }
+TPCORE_INLINE U64 operator-(U64 a, U64 b) { return _mm512_sub_epi64(a.v, b.v); }
+TPCORE_INLINE U64 operator&(U64 a, U64 b) { return _mm512_and_si512(a.v, b.v); }
+TPCORE_INLINE U64 operator|(U64 a, U64 b) { return _mm512_or_si512(a.v, b.v); }
+TPCORE_INLINE U64 xor3(U64 a, U64 b, U64 c) {
+  return _mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96);
+}
+// The 64-bit products of the low words; high words are ignored.
+TPCORE_INLINE U64 multiply_low_words(U64 a, U64 b) { return _mm512_mul_epu32(a.v, b.v); }
+
+}  // namespace TPCORE_ISA
+}  // namespace tpcore

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sixteen-byte vectors in the compiler's own vector extension: SSE2 on any x86-64, NEON on any
+// aarch64, and correct scalar code anywhere else. Included by simd.h only.
+#pragma once
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace tpcore {
+namespace TPCORE_ISA {
+
+typedef float F32x4 __attribute__((vector_size(16)));
+typedef double F64x2 __attribute__((vector_size(16)));
+typedef uint32_t U32x4 __attribute__((vector_size(16)));
+typedef int32_t I32x4 __attribute__((vector_size(16)));
+typedef uint64_t U64x2 __attribute__((vector_size(16)));
+typedef uint16_t U16x4 __attribute__((vector_size(8)));
+
+template <>
+struct Vec<float> {
+  static constexpr int64_t size = 4;
+  F32x4 v;
+
+  TPCORE_INLINE Vec() : v{0, 0, 0, 0} {}
+  TPCORE_INLINE Vec(F32x4 raw) : v(raw) {}
+  TPCORE_INLINE explicit Vec(float value) : v{value, value, value, value} {}
+
+  template <class T>
+  static TPCORE_INLINE Vec load(const T* p, Full) {
+    return unpack(p, 4);
+  }
+  template <class T>
+  static TPCORE_INLINE Vec load(const T* p, Partial lanes) {
+    return unpack(p, lanes.count);
+  }
+  template <class T>
+  TPCORE_INLINE void store(T* p, Full) const {
+    pack(p, 4);
+  }
+  template <class T>
+  TPCORE_INLINE void store(T* p, Partial lanes) const {
+    pack(p, lanes.count);
+  }
+
+  TPCORE_INLINE Vec only(Full) const { return *this; }
+  TPCORE_INLINE Vec only(Partial lanes) const {
+    Vec kept;
+    for (int64_t i = 0; i < lanes.count; ++i) kept.v[i] = v[i];
+    return kept;
+  }
+
+  TPCORE_INLINE float sum() const { return (v[0] + v[1]) + (v[2] + v[3]); }
+
+ private:
+  static TPCORE_INLINE Vec unpack(const float* p, int64_t count) {
+    F32x4 raw{0, 0, 0, 0};
+    memcpy(&raw, p, static_cast<size_t>(count) * sizeof(float));
+    return raw;
+  }
+  static TPCORE_INLINE Vec unpack(const BFloat16* p, int64_t count) {
+    U16x4 raw{0, 0, 0, 0};
+    memcpy(&raw, p, static_cast<size_t>(count) * sizeof(BFloat16));
+    const U32x4 bits = __builtin_convertvector(raw, U32x4) << 16;
+    return reinterpret_cast<const F32x4&>(bits);
+  }
+  static TPCORE_INLINE Vec unpack(const Float16* p, int64_t count) {
+    F32x4 raw{0, 0, 0, 0};
+    for (int64_t i = 0; i < count; ++i) raw[i] = float_from_float16(p[i].bits);
+    return raw;
+  }
+  TPCORE_INLINE void pack(float* p, int64_t count) const {
+    memcpy(p, &v, static_cast<size_t>(count) * sizeof(float));
+  }
+  TPCORE_INLINE void pack(BFloat16* p, int64_t count) const {
+    const U32x4 bits = reinterpret_cast<const U32x4&>(v);
+    const U32x4 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const I32x4 ordered = v == v;
+    const U32x4 keep = reinterpret_cast<const U32x4&>(ordered);
+    const U16x4 raw = __builtin_convertvector((rounded & keep) | (0x7fc0u & ~keep), U16x4);
+    memcpy(p, &raw, static_cast<size_t>(count) * sizeof(BFloat16));
+  }
+  TPCORE_INLINE void pack(Float16* p, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) p[i].bits = float16_bits(v[i]);
+  }
+};
+
+template <>
+struct Vec<double> {
+  static constexpr int64_t size = 2;
+  F64x2 v;
+
+  TPCORE_INLINE Vec() : v{0, 0} {}
+  TPCORE_INLINE Vec(F64x2 raw) : v(raw) {}
+  TPCORE_INLINE explicit Vec(double value) : v{value, value} {}
+
+  static TPCORE_INLINE Vec load(const double* p, Full) {
+    F64x2 raw;
+    memcpy(&raw, p, sizeof raw);
+    return raw;
+  }
+  static TPCORE_INLINE Vec load(const double* p, Partial) { return F64x2{p[0], 0}; }
+  TPCORE_INLINE void store(double* p, Full) const { memcpy(p, &v, sizeof v); }
+  TPCORE_INLINE void store(double* p, Partial) const { p[0] = v[0]; }
+
+  TPCORE_INLINE Vec only(Full) const { return *this; }
+  TPCORE_INLINE Vec only(Partial) const { return F64x2{v[0], 0}; }
+
+  TPCORE_INLINE double sum() const { return v[0] + v[1]; }
+};
+
+template <class A>
+TPCORE_INLINE Vec<A> operator+(Vec<A> a, Vec<A> b) {
+  return Vec<A>(a.v + b.v);
+}
+template <class A>
+TPCORE_INLINE Vec<A> operator-(Vec<A> a, Vec<A> b) {
+  return Vec<A>(a.v - b.v);
+}
+template <class A>
+TPCORE_INLINE Vec<A> operator*(Vec<A> a, Vec<A> b) {
+  return Vec<A>(a.v * b.v);
+}
+// a * b + c, fused where the machine can.
+template <class A>
+TPCORE_INLINE Vec<A> multiply_add(Vec<A> a, Vec<A> b, Vec<A> c) {
+  return Vec<A>(a.v * b.v + c.v);
+}
+
+struct U64 {
+  static constexpr int64_t size = 2;
+  U64x2 v;
+
+  TPCORE_INLINE U64() : v{0, 0} {}
+  TPCORE_INLINE U64(U64x2 raw) : v(raw) {}
+  TPCORE_INLINE explicit U64(uint64_t value) : v{value, value} {}
+  static TPCORE_INLINE U64 iota(uint64_t first) { return U64x2{first, first + 1}; }
+
+  template <int N>
+  TPCORE_INLINE U64 shift_left() const {
+    return v << N;
+  }
+  template <int N>
+  TPCORE_INLINE U64 shift_right() const {
+    return v >> N;
+  }
+  TPCORE_INLINE void store_low_words(uint32_t* p) const {
+    p[0] = static_cast<uint32_t>(v[0]);
+    p[1] = static_cast<uint32_t>(v[1]);
+  }
+};
+
+TPCORE_INLINE U64 operator+(U64 a, U64 b) { return a.v + b.v; }
+TPCORE_INLINE U64 operator-(U64 a, U64 b) { return a.v - b.v; }
+TPCORE_INLINE U64 operator&(U64 a, U64 b) { return a.v & b.v; }
+TPCORE_INLINE U64 operator|(U64 a, U64 b) { return a.v | b.v; }
+TPCORE_INLINE U64 xor3(U64 a, U64 b, U64 c) { return a.v ^ b.v ^ c.v; }
+
+// The 64-bit products of the low words; high words are ignored.
+TPCORE_INLINE U64 multiply_low_words(U64 a, U64 b) {
+#if defined(__SSE2__)
+  return reinterpret_cast<U64x2>(
+      _mm_mul_epu32(reinterpret_cast<__m128i>(a.v), reinterpret_cast<__m128i>(b.v)));
+#elif defined(__ARM_NEON)
+  return reinterpret_cast<U64x2>(vmull_u32(vmovn_u64(reinterpret_cast<uint64x2_t>(a.v)),
+                                           vmovn_u64(reinterpret_cast<uint64x2_t>(b.v))));
+#else
+  return (a.v & 0xffffffffu) * (b.v & 0xffffffffu);
+#endif
+}
+
+}  // namespace TPCORE_ISA
+}  // namespace tpcore

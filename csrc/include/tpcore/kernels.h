@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every launcher: pointers, int64 sizes and strides, dtypes. Nothing here depends on torch.
+//
+// Conventions: a matrix is [rows, columns] with contiguous columns and a free row stride (in
+// elements). T is the dtype of the activations, P that of the parameters (T or float), A the
+// accumulation dtype: double if T is double, else float. A null pointer says that an optional
+// argument is absent or a result is not wanted.
+#pragma once
+
+#include <cstdint>
+
+namespace tpcore {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+// A matrix, or nothing. `const` is up to the launcher: inputs are never written.
+struct Matrix {
+  void* data = nullptr;
+  int64_t row_stride = 0;
+};
+
+// Runs body(closure, begin, end) over pieces of [0, count) of at least `grain`, on the caller's
+// thread pool. Results never depend on how the pieces fall.
+using ParallelBody = void (*)(const void* closure, int64_t begin, int64_t end);
+using ParallelFor = void (*)(int64_t count, int64_t grain, const void* closure, ParallelBody body);
+
+// The identity of every dropout bit; see tpcore._native.dropout_keep_mask.
+struct DropoutKey {
+  uint64_t seed = 0;
+  uint32_t threshold = 0;  // kept if and only if the random word >= threshold
+  uint32_t stream = 0;
+  const int64_t* row_ids = nullptr;  // contiguous, one per row
+  int64_t column_offset = 0;
+  int64_t head_offset = 0;
+};
+
+// total = x + residual (only with a residual; rounded to T)
+// y = (total - mean) * rstd * weight + bias,  rstd = 1 / sqrt(var + eps)
+struct LayerNormForward {
+  int64_t rows, columns;
+  double eps;
+  DType dtype, parameter_dtype;
+  Matrix x;            // T [rows, columns]
+  Matrix residual;     // T [rows, columns] or null
+  const void* weight;  // P [columns] or null
+  const void* bias;    // P [columns] or null
+  void* total;         // T [rows, columns] contiguous; null without residual
+  void* y;             // T [rows, columns] contiguous
+  void* mean;          // A [rows]
+  void* rstd;          // A [rows]
+};
+
+// With xhat = (x - mean) * rstd and g = grad_y * weight:
+// grad_x = rstd * (g - mean(g) - xhat * mean(g * xhat)) + grad_total
+// grad_weight = sum over rows of grad_y * xhat,  grad_bias = sum over rows of grad_y
+struct LayerNormBackward {
+  int64_t rows, columns;
+  DType dtype, parameter_dtype;
+  Matrix grad_y;       // T [rows, columns]
+  Matrix x;            // T [rows, columns]
+  Matrix grad_total;   // T [rows, columns] or null
+  const void* mean;    // A [rows]
+  const void* rstd;    // A [rows]
+  const void* weight;  // P [columns] or null
+  void* grad_x;        // T [rows, columns] contiguous, or null
+  void* grad_weight;   // A [columns] or null
+  void* grad_bias;     // A [columns] or null
+  void*
+      partials;  // A [partial_sums(rows), 2, columns]; null if neither parameter gradient is wanted
+};
+
+// Column sums over rows are kept in this many partial sums, each over a fixed run of rows, and then
+// added in a fixed order: so the result is the same bit for bit whatever the number of threads.
+static inline int64_t rows_per_partial_sum(int64_t rows) {
+  constexpr int64_t kMinRows = 16, kMaxSums = 64;
+  const int64_t even = (rows + kMaxSums - 1) / kMaxSums;
+  return even > kMinRows ? even : kMinRows;
+}
+static inline int64_t partial_sums(int64_t rows) {
+  const int64_t each = rows_per_partial_sum(rows);
+  return (rows + each - 1) / each;
+}
+
+// keep[b, n, q, c] = word >= threshold
+struct DropoutMask {
+  int64_t batch, heads, queries, columns;
+  DropoutKey key;  // row_ids [batch, queries]
+  bool* keep;      // [batch, heads, queries, columns] contiguous
+};
+
+// One table per instruction set.
+struct CpuKernels {
+  const char* isa;
+  void (*layer_norm_forward)(const LayerNormForward&, ParallelFor);
+  void (*layer_norm_backward)(const LayerNormBackward&, ParallelFor);
+  void (*dropout_mask)(const DropoutMask&, ParallelFor);
+};
+
+// The best table this machine can run, or the one that the environment variable TPCORE_CPU_ISA
+// names; chosen once. Null if that variable names an unknown instruction set or one that this
+// machine lacks: then cpu_kernels_error() says so.
+const CpuKernels* cpu_kernels();
+const char* cpu_kernels_error();
+
+}  // namespace tpcore

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU implementations of the raw ops: check, allocate, launch. Schemas stand in
+// tpcore/_native.py.
+#include <tuple>
+
+#include "checks.h"
+#include "tpcore/math.h"
+
+namespace tpcore {
+namespace {
+
+using torch::stable::new_empty;
+using OptionalTensor = std::optional<Tensor>;
+
+void parallel_for(int64_t count, int64_t grain, const void* closure, ParallelBody body) {
+  torch::stable::parallel_for(0, count, grain,
+                              [=](int64_t begin, int64_t end) { body(closure, begin, end); });
+}
+
+const CpuKernels& kernels() {
+  const CpuKernels* chosen = cpu_kernels();
+  STD_TORCH_CHECK(chosen != nullptr, cpu_kernels_error());
+  return *chosen;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& x,
+                                                     const OptionalTensor& residual,
+                                                     const OptionalTensor& weight,
+                                                     const OptionalTensor& bias, double eps) {
+  STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_string(x), "; expected two dimensions");
+  const int64_t rows = x.size(0), columns = x.size(1);
+  const ScalarType type = x.scalar_type(), statistics = accumulation_type(x);
+  const ScalarType parameter = parameter_type(x, weight, bias);
+  Tensor y = new_empty(x, {rows, columns});
+  Tensor total = new_empty(x, {residual.has_value() ? rows : 0, columns});
+  Tensor mean = new_empty(x, {rows}, statistics);
+  Tensor rstd = new_empty(x, {rows}, statistics);
+  LayerNormForward args;
+  args.rows = rows;
+  args.columns = columns;
+  args.eps = eps;
+  args.dtype = dtype_of(x, "x");
+  args.parameter_dtype = parameter == type ? args.dtype : DType::kFloat32;
+  args.x = matrix_of(x, "x", rows, columns, type);
+  args.residual = matrix_of(residual, "residual", rows, columns, type);
+  args.weight = vector_of(weight, "weight", columns, parameter);
+  args.bias = vector_of(bias, "bias", columns, parameter);
+  args.total = total.mutable_data_ptr();
+  args.y = y.mutable_data_ptr();
+  args.mean = mean.mutable_data_ptr();
+  args.rstd = rstd.mutable_data_ptr();
+  kernels().layer_norm_forward(args, parallel_for);
+  return {y, total, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const OptionalTensor& weight,
+                                                      const OptionalTensor& bias, double eps) {
+  auto [y, total, mean, rstd] = normalize(x, std::nullopt, weight, bias, eps);
+  return {y, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x,
+                                                                  const Tensor& residual,
+                                                                  const OptionalTensor& weight,
+                                                                  const OptionalTensor& bias,
+                                                                  double eps) {
+  return normalize(x, residual, weight, bias, eps);
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, const Tensor& x,
+                                                       const Tensor& mean, const Tensor& rstd,
+                                                       const OptionalTensor& weight,
+                                                       const OptionalTensor& grad_total,
+                                                       bool need_grad_x, bool need_grad_weight,
+                                                       bool need_grad_bias) {
+  STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_string(x), "; expected two dimensions");
+  const int64_t rows = x.size(0), columns = x.size(1);
+  const ScalarType type = x.scalar_type(), statistics = accumulation_type(x);
+  const ScalarType parameter = parameter_type(x, weight, std::nullopt);
+  Tensor grad_x = need_grad_x ? new_empty(x, {rows, columns}) : new_empty(x, {0});
+  Tensor grad_weight = new_empty(x, {need_grad_weight ? columns : 0}, statistics);
+  Tensor grad_bias = new_empty(x, {need_grad_bias ? columns : 0}, statistics);
+  Tensor partials = new_empty(
+      x, {need_grad_weight || need_grad_bias ? partial_sums(rows) : 0, 2, columns}, statistics);
+  LayerNormBackward args;
+  args.rows = rows;
+  args.columns = columns;
+  args.dtype = dtype_of(x, "x");
+  args.parameter_dtype = parameter == type ? args.dtype : DType::kFloat32;
+  args.grad_y = matrix_of(grad_y, "grad_y", rows, columns, type);
+  args.x = matrix_of(x, "x", rows, columns, type);
+  args.grad_total = matrix_of(grad_total, "grad_total", rows, columns, type);
+  args.mean = vector_of(mean, "mean", rows, statistics);
+  args.rstd = vector_of(rstd, "rstd", rows, statistics);
+  args.weight = vector_of(weight, "weight", columns, parameter);
+  args.grad_x = need_grad_x ? grad_x.mutable_data_ptr() : nullptr;
+  args.grad_weight = need_grad_weight ? grad_weight.mutable_data_ptr() : nullptr;
+  args.grad_bias = need_grad_bias ? grad_bias.mutable_data_ptr() : nullptr;
+  args.partials = partials.mutable_data_ptr();
+  kernels().layer_norm_backward(args, parallel_for);
+  return {grad_x, grad_weight, grad_bias};
+}
+
+Tensor dropout_keep_mask(const Tensor& seed, const Tensor& row_ids, double p, int64_t stream,
+                         int64_t num_columns, int64_t column_offset, int64_t head_offset,
+                         int64_t num_heads) {
+  STD_TORCH_CHECK(row_ids.dim() == 2, "row_ids has shape ", shape_string(row_ids),
+                  "; expected two dimensions");
+  const Tensor ids = torch::stable::contiguous(row_ids);
+  DropoutMask args;
+  args.batch = ids.size(0);
+  args.heads = num_heads;
+  args.queries = ids.size(1);
+  args.columns = num_columns;
+  args.key = dropout_key(seed, ids, ids.numel(), p, stream, column_offset, head_offset);
+  Tensor keep =
+      new_empty(ids, {args.batch, args.heads, args.queries, args.columns}, ScalarType::Bool);
+  args.keep = static_cast<bool*>(keep.mutable_data_ptr());
+  kernels().dropout_mask(args, parallel_for);
+  return keep;
+}
+
+}  // namespace
+
+// Everything this library serves: registered below, and reported to Python from the same list.
+#define TPCORE_CPU_OPS(op) \
+  op(layer_norm_forward) op(add_layer_norm_forward) op(layer_norm_backward) op(dropout_keep_mask)
+
+STABLE_TORCH_LIBRARY_IMPL(tpcore, CPU, m) {
+#define TPCORE_REGISTER(name) m.impl(#name, TORCH_BOX(&name));
+  TPCORE_CPU_OPS(TPCORE_REGISTER)
+#undef TPCORE_REGISTER
+}
+
+}  // namespace tpcore
+
+// What this library is, as JSON: {"isa": ..., "ops": [...]} or {"error": ...}.
+extern "C" __attribute__((visibility("default"))) const char* tpcore_library_info() {
+  static const std::string info = [] {
+    if (tpcore::cpu_kernels() == nullptr) {
+      return std::string("{\"error\": \"") + tpcore::cpu_kernels_error() + "\"}";
+    }
+    std::string ops;
+#define TPCORE_LIST(name) ops += std::string(ops.empty() ? "\"" : ", \"") + #name + "\"";
+    TPCORE_CPU_OPS(TPCORE_LIST)
+#undef TPCORE_LIST
+    return std::string("{\"isa\": \"") + tpcore::cpu_kernels()->isa + "\", \"ops\": [" + ops + "]}";
+  }();
+  return info.c_str();
+}

@@ -1,0 +1,297 @@
+"""Builds the compiled libraries; everything else about the package stands in pyproject.toml.
+
+`tpcore/_C_cpu.abi3.so` and `tpcore/_C_cuda.abi3.so` use nothing but the stable ABI of libtorch
+(target version 2.11) and no Python API, so one build serves every later torch and every Python. The
+kernels are compiled once per instruction set, without torch on the include path; only csrc/torch/
+sees a torch header.
+
+Environment variables:
+    TPCORE_BUILD_CPU, TPCORE_BUILD_CUDA   auto (default): build if possible, else go on without; 1:
+    or fail; 0: do not CXX, NVCC, MAX_JOBS, DEBUG, TORCH_CUDA_ARCH_LIST   as everywhere
+
+What was built, with what, and what was not and why is written to tpcore/_build.json, which `tpcore
+doctor` prints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that the libraries must load in
+
+# Instruction set -> the flags of its translation units. Never -march=native: the choice is made at
+# run time.
+X86_ISAS = {
+    "scalar": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
+}
+ISAS = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": {"neon": []}, "arm64": {"neon": []}}
+CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+
+class UnavailableError(Exception):
+    """A library cannot be built here; the message says why."""
+
+
+def find_torch():
+    """The torch to build against."""
+    try:
+        import torch
+    except ImportError as error:
+        raise UnavailableError(
+            f"torch cannot be imported in the build environment: {error}"
+        ) from error
+    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 11):
+        raise UnavailableError(f"torch {torch.__version__} is older than 2.11")
+    return torch
+
+
+def find_tool(*candidates: str | None) -> str:
+    """The path of the first of these programs that is installed."""
+    for candidate in filter(None, candidates):
+        found = shutil.which(candidate)
+        if found:
+            return found
+    names = ", ".join(filter(None, candidates))
+    raise UnavailableError(f"none of these programs is installed: {names}")
+
+
+def find_ninja() -> str:
+    """Ninja from the build requirements, or from the system."""
+    try:
+        import ninja
+    except ImportError:
+        return find_tool("ninja")
+    return find_tool(str(Path(ninja.BIN_DIR, "ninja")), "ninja")
+
+
+def version_of(tool: str) -> str:
+    """What a program prints about its version."""
+    return subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+class NinjaFile:
+    """Collects compile and link edges; every object names its own flags."""
+
+    def __init__(self, build_dir: Path) -> None:
+        self.build_dir = build_dir
+        self.objects: list[Path] = []
+        self.lines: list[str] = [f"builddir = {escape(build_dir)}\n"]
+
+    def compile(self, compiler: str, source: Path, flags: list[str], suffix: str = "") -> None:
+        obj = self.build_dir / f"{source.parent.name}_{source.stem}{suffix}.o"
+        command = [compiler, *flags, "-MMD", "-MF", f"{obj}.d", "-c", str(source), "-o", str(obj)]
+        self._edge(obj, [source], command, depfile=f"{obj}.d")
+        self.objects.append(obj)
+
+    def link(self, linker: str, output: Path, flags: list[str]) -> None:
+        objects = [str(o) for o in self.objects]
+        command = [linker, "-shared", *objects, "-o", str(output), *flags]
+        self._edge(output, self.objects, command)
+
+    def _edge(
+        self, output: Path, inputs: list[Path], command: list[str], depfile: str | None = None
+    ) -> None:
+        rule = f"rule_{len(self.lines)}"
+        text = " ".join(command).replace("$", "$$")
+        dependencies = f"  depfile = {escape(depfile)}\n  deps = gcc\n" if depfile else ""
+        files = " ".join(escape(i) for i in inputs)
+        self.lines.append(
+            f"rule {rule}\n  command = {text}\n  description = {output.name}\n{dependencies}"
+            f"build {escape(output)}: {rule} {files}\n"
+        )
+
+    def run(self) -> None:
+        path = self.build_dir / "build.ninja"
+        path.write_text("\n".join(self.lines), encoding="utf-8")
+        jobs = os.environ.get("MAX_JOBS")
+        command = [find_ninja(), "-f", str(path), *(["-j", jobs] if jobs else [])]
+        result = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        print(result.stdout, flush=True)
+        if result.returncode != 0:
+            raise UnavailableError(f"compilation failed: {result.stdout[-2000:].strip()}")
+
+
+def escape(path: object) -> str:
+    """A path as ninja wants it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def common_flags() -> list[str]:
+    """The flags of every C++ file."""
+    optimise = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3", "-DNDEBUG"]
+    # No -ffast-math: NaN, infinities and denormals must survive. These two only drop errno and trap
+    # bookkeeping.
+    safe = ["-fno-math-errno", "-fno-trapping-math"]
+    include = f"-I{ROOT / 'csrc' / 'include'}"
+    return [
+        "-std=c++17",
+        *optimise,
+        *safe,
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-psabi",
+        include,
+    ]
+
+
+def torch_flags(torch) -> tuple[list[str], list[str]]:
+    """The flags of csrc/torch/*.cpp and of the link step."""
+    root = Path(torch.__file__).parent
+    return (
+        [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", str(root / "include")],
+        [f"-L{root / 'lib'}", "-ltorch_cpu"],
+    )
+
+
+def build_cpu(output: Path, build_dir: Path) -> dict:
+    """Compiles the CPU kernels once per instruction set, and their bindings."""
+    torch = find_torch()
+    compiler = find_tool(os.environ.get("CXX"), "c++", "g++", "clang++")
+    isas = ISAS.get(platform.machine(), {"scalar": []})
+    ninja = NinjaFile(build_dir)
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        if source.name == "dispatch.cpp":
+            ninja.compile(compiler, source, common_flags())
+            continue
+        for isa, flags in isas.items():
+            define = [f"-DTPCORE_ISA={isa}", f"-DTPCORE_ISA_{isa.upper()}"]
+            ninja.compile(compiler, source, [*common_flags(), *define, *flags], f"_{isa}")
+    compile_flags, link_flags = torch_flags(torch)
+    ninja.compile(
+        compiler, ROOT / "csrc" / "torch" / "cpu_ops.cpp", [*common_flags(), *compile_flags]
+    )
+    ninja.link(compiler, output, link_flags)
+    ninja.run()
+    return {
+        "isas": list(isas),
+        "compiler": version_of(compiler).splitlines()[0],
+        "torch": torch.__version__,
+    }
+
+
+def build_cuda(output: Path, build_dir: Path) -> dict:
+    """Compiles the CUDA kernels and their bindings."""
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    if not sources:
+        raise UnavailableError("no CUDA sources in this version")
+    torch = find_torch()
+    if torch.version.cuda is None:
+        raise UnavailableError(f"torch {torch.__version__} was built without CUDA")
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    nvcc = find_tool(os.environ.get("NVCC"), CUDA_HOME and f"{CUDA_HOME}/bin/nvcc", "nvcc")
+    version = version_of(nvcc).rsplit("release ", 1)[-1].split(",")[0]
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        raise UnavailableError(
+            f"nvcc is version {version}, but torch was built with CUDA {torch.version.cuda}"
+        )
+    compiler = find_tool(os.environ.get("CXX"), "c++", "g++", "clang++")
+    architectures = (
+        os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES).replace(" ", ";").split(";")
+    )
+    targets = []
+    for architecture in filter(None, architectures):
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        codes = [f"sm_{number}", *([f"compute_{number}"] if architecture.endswith("+PTX") else [])]
+        targets += [f"-gencode=arch=compute_{number},code=[{','.join(codes)}]"]
+    ninja = NinjaFile(build_dir)
+    include = f"-I{ROOT / 'csrc' / 'include'}"
+    for source in sources:
+        host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-O3", "-std=c++17", include]
+        ninja.compile(nvcc, source, [*host, *(f"'{t}'" for t in targets)])
+    compile_flags, link_flags = torch_flags(torch)
+    home = Path(nvcc).resolve().parent.parent
+    cuda_flags = ["-DUSE_CUDA", "-isystem", str(home / "include")]
+    ninja.compile(
+        compiler,
+        ROOT / "csrc" / "torch" / "cuda_ops.cpp",
+        [*common_flags(), *compile_flags, *cuda_flags],
+    )
+    ninja.link(nvcc, output, [*link_flags, "-ltorch_cuda", "-cudart", "shared"])
+    ninja.run()
+    return {"architectures": architectures, "nvcc": version, "torch": torch.__version__}
+
+
+BUILDERS = {"cpu": build_cpu, "cuda": build_cuda}
+
+
+class BuildNative(build_ext):
+    """Builds each library by ninja, or records why not."""
+
+    def run(self) -> None:
+        self.record: dict[str, dict] = {
+            "cuda": {"built": False, "reason": "no CUDA sources in this version"}
+        }
+        super().run()
+        destinations = [Path(self.build_lib)]
+        if self.inplace or self.editable_mode:
+            destinations.append(ROOT)
+        for destination in destinations:
+            path = destination / "tpcore" / "_build.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+
+    def build_extension(self, ext: Extension) -> None:
+        name = ext.name.rsplit("_C_", 1)[1]
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build_dir = Path(self.build_temp, name).resolve()
+        for directory in (output.parent, build_dir):
+            directory.mkdir(parents=True, exist_ok=True)
+        try:
+            if knob(name) == "0":
+                raise UnavailableError(f"switched off by TPCORE_BUILD_{name.upper()}=0")
+            facts = BUILDERS[name](output, build_dir)
+        except UnavailableError as reason:
+            # A library of an earlier build must not stay behind and be taken for this one's.
+            for stale in (output, ROOT / "tpcore" / output.name):
+                stale.unlink(missing_ok=True)
+            self.record[name] = {"built": False, "reason": str(reason)}
+            if knob(name) == "1":
+                raise SystemExit(f"tpcore: cannot build the {name} library: {reason}") from reason
+            print(
+                f"tpcore: warning: going on without the {name} library: {reason}", file=sys.stderr
+            )
+        else:
+            self.record[name] = {"built": True, "torch_target": "2.11", **facts}
+
+
+def knob(name: str) -> str:
+    """The value of TPCORE_BUILD_CPU or TPCORE_BUILD_CUDA."""
+    variable = f"TPCORE_BUILD_{name.upper()}"
+    value = os.environ.get(variable, "auto")
+    if value not in ("auto", "1", "0"):
+        raise SystemExit(f"tpcore: {variable} is {value!r}; expected auto, 1 or 0")
+    return value
+
+
+def extensions() -> list[Extension]:
+    """The libraries that this checkout has sources for, and those that were insisted on."""
+    names = ["cpu"]
+    if any((ROOT / "csrc" / "cuda").glob("*.cu")) or knob("cuda") == "1":
+        names.append("cuda")
+    return [
+        Extension(f"tpcore._C_{name}", sources=[], py_limited_api=True, optional=knob(name) != "1")
+        for name in names
+    ]
+
+
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildNative},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
