@@ -264,7 +264,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], list[str], list[str]]] = {
     "contradiction to the checkpoint": (
         lambda folder: None,
         ["model.language_model.config={num_layers: 3}"],
-        ["num_layers", "3"],
+        ["num_layers=3, but", "megatron has 2"],
     ),
     "unknown encoder key": (
         lambda folder: None,

@@ -44,12 +44,15 @@ def is_under_torchrun() -> bool:
 
 
 def report_error(message: str, status: int = USAGE_ERROR) -> int:
-    """Print the line of the protocol on rank 0; other ranks wait to be ended. Returns `status`."""
-    if environment_int("RANK", 0) == 0:
-        line = " ".join(message.split())
-        print(f"tpcore: error: {line}", file=sys.stderr, flush=True)
-    else:
+    """Print the line of the protocol; returns `status`.
+
+    Ranks above 0 wait to be ended. One that nobody ends met the error alone, and says so.
+    """
+    rank = environment_int("RANK", 0)
+    if rank > 0:
         time.sleep(PATIENCE_S)
+        message = f"rank {rank}: {message}"
+    print(f"tpcore: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
 
 
@@ -118,9 +121,11 @@ def set_num_threads(configured: int | None) -> int:
 def launch(arguments: Sequence[str], num_ranks: int) -> int:
     """Run `python -m tpcore <arguments>` on ranks of this machine, by torchrun's own launcher.
 
-    Returns the exit status of the first rank that failed, 0 if none did. Ranks talk over
+    Returns the exit status of the first rank that failed, 0 if none did; 128 + its number for a
+    signal. Ranks talk over
     loopback, on a port that the launcher finds free.
     """
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -144,4 +149,6 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
         _, failure = error.get_first_failure()
         # Ended by a signal: 128 + its number, as a shell has it.
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+    except SignalException as error:  # to this process, and passed on to the ranks
+        return 128 + error.sigval
     return 0

@@ -22,8 +22,7 @@ from tpcore.models.bert import BertModel
 from tpcore.models.config import BertConfig
 from tpcore.models.heads import build_head
 from tpcore.parallel.group import TensorParallelGroup
-from tpcore.tasks import task_class
-from tpcore.tasks.task import DataError, Dataset, Task
+from tpcore.tasks import DataError, Dataset, Task, task_class
 from tpcore.tokenizer import WordPieceTokenizer
 from tpcore.train.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from tpcore.train.run_state import check_writable, run_path
@@ -35,6 +34,14 @@ _ALIASES = {
     "num_tokentypes": "num_token_types",
     "ffn_hidden_size": "intermediate_size",
 }
+# Read from the shapes in a checkpoint; a configuration may repeat them, not change them.
+_SIZES = (
+    "hidden_size",
+    "num_layers",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_token_types",
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Job:
     has_same_head: bool
     """Whether the checkpoint has a head of this kind, which is left aside: it has other labels."""
     overrides: Mapping[str, Any]
-    """What the configuration says about the encoder, as fields of BertConfig."""
+    """Fields of BertConfig that the configuration sets and the checkpoint does not."""
     train: Dataset
     validation: Dataset | None
     test: Dataset | None
@@ -83,7 +90,11 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
     check_writable(run_path(config.exp_manager))
     path = checkpoint_path(model)
     overrides = encoder_overrides(model)
-    info = None if path is None else checkpoint.inspect(path, **overrides)
+    info = None
+    if path is not None:
+        sizes = {name: overrides.pop(name) for name in _SIZES if name in overrides}
+        info = checkpoint.inspect(path, **overrides)
+        _check_sizes(sizes, info.config, path)
     tokenizer = find_tokenizer(model, path)
     if info is None:
         encoder = BertConfig.from_dict({"vocab_size": tokenizer.vocab_size, **overrides})
@@ -260,6 +271,16 @@ def find_tokenizer(model: ModelConfig, path: Path | None) -> WordPieceTokenizer:
         f"no vocabulary: model.tokenizer.vocab_file is null{beside}; pass "
         "model.tokenizer.vocab_file=..."
     )
+
+
+def _check_sizes(sizes: Mapping[str, Any], config: BertConfig, path: Path) -> None:
+    for name, value in sizes.items():
+        found = getattr(config, name)
+        if value != found:
+            raise ConfigError(
+                f"model.language_model.config has {name}={value!r}, but {path} has {found}; remove "
+                "it, or use the checkpoint that belongs to this configuration"
+            )
 
 
 def _load(task: Task, data: DataConfig, part: str) -> Dataset | None:

@@ -25,11 +25,10 @@ from tpcore.models.config import BertConfig
 from tpcore.models.heads import build_head
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
 from tpcore.parallel.sharding import Replicated, Sharded, shard, unshard
-from tpcore.tasks.task import Dataset, Task
+from tpcore.tasks import Dataset, Task, task_class
 from tpcore.tokenizer import WordPieceTokenizer
 from tpcore.train.config import TrainConfig
 from tpcore.train.evaluation import Evaluation, evaluate
-from tpcore.train.prepare import task_class
 from tpcore.train.read_config import load_config
 from tpcore.train.run_state import (
     CONFIG_FILE,
