@@ -1,16 +1,16 @@
 """Collectives with and without autograd, one code path for gloo and NCCL.
 
-The autograd collectives are linear maps, and the backward of each is its adjoint. With f and g the
-conjugate operators of arXiv 1909.08053 (tensor parallelism) and arXiv 2205.05198 (sequence
-parallelism):
+The autograd collectives are linear maps, and the backward of each is its adjoint. f and g are the
+conjugate operators of arXiv 1909.08053; under sequence parallelism (arXiv 2205.05198) the
+all-gather takes the place of f and the reduce-scatter that of g.
 
     name                           forward                 backward                before -> after
     copy_to                     f  identity                all-reduce              one -> copies
     reduce_from                 g  all-reduce              identity                parts -> one
     scatter_to                     own slice of dim        all-gather dim          one -> shards
     gather_from                    all-gather dim          own slice of dim        shards -> one
-    gather_from_sequence        g  all-gather dim 0        reduce-scatter dim 0    shards -> copies
-    reduce_scatter_to_sequence  g' reduce-scatter dim 0    all-gather dim 0        parts -> shards
+    gather_from_sequence        f  all-gather dim 0        reduce-scatter dim 0    shards -> copies
+    reduce_scatter_to_sequence  g  reduce-scatter dim 0    all-gather dim 0        parts -> shards
     scatter_to_sequence            own slice of dim 0      all-gather dim 0        one -> shards
 
 "one" is a value that every rank holds and every rank uses in the same way (its gradient is the same
