@@ -17,7 +17,15 @@ import torch
 
 HERE = Path(__file__).parent
 COLUMNS = (
-    "op direction dtype provider median_ms gb_per_s percent_of_copy vs_eager vs_compile".split()
+    "op",
+    "direction",
+    "dtype",
+    "provider",
+    "median_ms",
+    "gb_per_s",
+    "percent_of_copy",
+    "vs_eager",
+    "vs_compile",
 )
 
 

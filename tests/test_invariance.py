@@ -1,4 +1,4 @@
-"""Parallelism changes speed, never results: a real encoder, real text, dropout, 50 training steps."""
+"""Parallelism changes speed, never results: a real encoder, real text, dropout, 50 steps."""
 
 from __future__ import annotations
 

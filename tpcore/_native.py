@@ -149,7 +149,8 @@ def _refuse_autograd(name: str) -> Any:
     def kernel(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             raise RuntimeError(
-                f"torch.ops.tpcore.{name} is a raw kernel without a gradient, and an input requires grad; call the"
+                f"torch.ops.tpcore.{name} is a raw kernel without a gradient, and an input "
+                "requires grad; call the"
                 " function of tpcore.kernels instead, or wrap the call in torch.no_grad()"
             )
         with torch._C._AutoDispatchBelowAutograd():
@@ -193,13 +194,13 @@ class NativeStatus:
 
 
 def build_record() -> dict[str, Any]:
-    """The record that setup.py left: what was built, with what, and what was not and why. Empty if there is none."""
+    """What setup.py recorded: what was built, with what, and what was not and why. May be empty."""
     path = Path(__file__).with_name("_build.json")
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _read_info(path: Path) -> dict[str, Any]:
-    """Asks a library, by its one C function, which instruction set it chose and which ops it serves."""
+    """Asks a library, by its one C function, for its instruction set and the ops it serves."""
     info = ctypes.CDLL(str(path)).tpcore_library_info
     info.restype = ctypes.c_char_p
     parsed = json.loads(info())
@@ -254,7 +255,7 @@ _WORD = 0xFFFFFFFF
 
 
 def _multiply_32(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of a 32 x 32 bit product, in halves of 16 bits so that int64 never overflows."""
+    """High and low word of a 32 x 32 bit product, in halves so that int64 never overflows."""
     low = (x & 0xFFFF) * multiplier
     high = (x >> 16) * multiplier + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
@@ -283,7 +284,7 @@ def philox4x32(
 
 
 def dropout_threshold(p: float) -> int:
-    """An element is kept if and only if its random word is at least this number: round(p * 2^32)."""
+    """An element is kept if its random word is at least this number: round(p * 2^32)."""
     return min(round(p * 2.0**32), _WORD)
 
 
@@ -297,7 +298,7 @@ def philox_keep_mask(
     head_offset: int,
     num_heads: int,
 ) -> Tensor:
-    """`torch.ops.tpcore.dropout_keep_mask` in plain PyTorch: same arguments, same bits, any device."""
+    """`torch.ops.tpcore.dropout_keep_mask` in plain PyTorch: same bits, any device."""
     device = row_ids.device
     first_group = column_offset // 4
     num_groups = (column_offset + num_columns + 3) // 4 - first_group
@@ -330,12 +331,14 @@ def check_dropout_key(p: float, seed: Tensor | None, stream: int, row_ids: Tenso
     if seed is None or row_ids is None:
         missing = "seed" if seed is None else "row_ids"
         raise ValueError(
-            f"dropout with p={p} needs a key, but {missing} is None; pass seed (an int64 tensor of one element) and"
+            f"dropout with p={p} needs a key, but {missing} is None; pass seed (an int64 "
+            "tensor of one element) and"
             " row_ids (int64, one per row), or p=0 to switch dropout off"
         )
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(
-            f"seed is {seed.dtype} of shape {tuple(seed.shape)}; expected an int64 tensor of one element"
+            f"seed is {seed.dtype} of shape {tuple(seed.shape)}; expected an int64 tensor of "
+            "one element"
         )
     if row_ids.dtype != torch.int64:
         raise ValueError(f"row_ids is {row_ids.dtype}; expected int64")
@@ -407,8 +410,16 @@ def attention_dropout_keep_mask(
     *,
     head_offset: int = 0,
 ) -> Tensor:
-    """`dropout_keep_mask` for scores: row_ids [b, sq] of the queries, heads from head_offset,
-    columns = keys.
+    """`dropout_keep_mask` for scores, with the keys as columns.
+
+    Args:
+        p: as there.
+        seed: as there.
+        stream: as there.
+        row_ids: int64 [b, sq], the identities of the queries.
+        num_heads: how many heads.
+        num_columns: number of keys, sk.
+        head_offset: global number of the first head.
 
     Returns:
         bool [b, num_heads, sq, num_columns], True = kept.

@@ -108,8 +108,8 @@ def test_errors_of_the_model():
         model(torch.ones(1, 25, dtype=torch.long))
     with pytest.raises(ValueError, match="this model has no head"):
         model(**BATCH, labels=torch.zeros(3, dtype=torch.long))
+    no_pooler = _model(TINY.replace(add_pooler=False), "sequence_classification", num_labels=2)
     with pytest.raises(ValueError, match="needs a pooler"):
-        no_pooler = _model(TINY.replace(add_pooler=False), "sequence_classification", num_labels=2)
         no_pooler(**BATCH)
     with pytest.raises(ValueError, match="head='classifier' is unknown"):
         build_head("classifier", TINY, tp=SINGLE)
@@ -197,9 +197,7 @@ def _check_shards_equal_the_whole_model(tp, post_layernorm):
     whole, expected = run(SINGLE, 512)
     model, out = run(tp, None if tp.size == 4 else 512)
     torch.testing.assert_close(out.loss, expected.loss, rtol=2e-6, atol=0)
-    torch.testing.assert_close(
-        out.last_hidden_state, expected.last_hidden_state, rtol=0, atol=5e-6
-    )
+    torch.testing.assert_close(out.last_hidden_state, expected.last_hidden_state, rtol=0, atol=5e-6)
     table = model.sharding_table()
     full = dict(whole.named_parameters())
     assert table.keys() == full.keys()

@@ -51,7 +51,7 @@ def test_bad_values_are_named(values, message):
 def test_dict_round_trip_and_suggestion():
     config = PRESETS["megatron-bert-345m-uncased"].replace(gelu="tanh", num_layers=2)
     assert BertConfig.from_dict(config.to_dict()) == config
-    with pytest.raises(ValueError, match="hiden_size is not a field.*did you mean hidden_size"):
+    with pytest.raises(ValueError, match=r"hiden_size is not a field.*did you mean hidden_size"):
         BertConfig.from_dict({"vocab_size": 10, "hiden_size": 8})
     with pytest.raises(ValueError, match="vocab_size is missing"):
         BertConfig.from_dict({"hidden_size": 8})

@@ -53,12 +53,12 @@ def override_config(state: CanonicalState, overrides: Mapping[str, Any]) -> Cano
     """
     if not overrides:
         return state
+    if isinstance(overrides.get("vocab_size"), int):
+        check_vocabulary(overrides["vocab_size"], state.vocab_rows, str(state.source.path))
     try:
         config = state.config.replace(**overrides)
     except ValueError as error:
         raise CheckpointError(f"{state.source.path}: {error}") from error
-    if "vocab_size" in overrides:
-        check_vocabulary(config.vocab_size, state.vocab_rows, str(state.source.path))
     tensors = state.tensors
     if state.config.add_pooler and not config.add_pooler:
         tensors = {name: t for name, t in tensors.items() if not name.startswith("pooler.")}

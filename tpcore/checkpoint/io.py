@@ -16,7 +16,7 @@ from tpcore.checkpoint.errors import CheckpointError
 from tpcore.checkpoint.info import CheckpointInfo
 from tpcore.checkpoint.state import CanonicalState, Source
 from tpcore.models.bert import BertModel
-from tpcore.parallel.collectives import all_reduce
+from tpcore.parallel.collectives import all_reduce, barrier
 from tpcore.parallel.group import TensorParallelGroup
 
 Format = Literal["megatron", "huggingface"]
@@ -131,6 +131,7 @@ def save(
             # Only what this call made: a destination that could not be prepared is not touched.
             if tp.rank == 0 and step is not prepare:
                 folders.discard(destination)
+            barrier(tp)  # nobody sees the error before the remains are gone
             raise error or CheckpointError(f"{destination}: another rank could not write its part")
 
 

@@ -1,4 +1,4 @@
-"""Pure, differentiable functions of tensors on one device; each is served by the best backend present."""
+"""Pure, differentiable functions of tensors on one device, served by the best backend present."""
 
 from tpcore.kernels.backend import Explanation, explain, record_backends, use_backend
 from tpcore.kernels.bias_dropout_residual import bias_dropout_residual

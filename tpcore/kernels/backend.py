@@ -104,7 +104,8 @@ def choose(op: str, x: Tensor, *parameters: Tensor | None) -> str:
         if _forced != "reference":
             reason = _device_refusal(_forced, op, device) or _dtype_refusal(x, parameters)
             raise ValueError(
-                f"backend {_forced!r} was asked for, but it cannot serve {op} of this {device} tensor: {reason};"
+                f"backend {_forced!r} was asked for, but it cannot serve {op} of this {device} "
+                f"tensor: {reason};"
                 " choose 'reference', or leave the choice to tpcore"
             )
         backend = _forced
@@ -161,7 +162,7 @@ class Explanation:
 
 
 def explain() -> list[Explanation]:
-    """Says for every op, on every device type present, which backend serves it and why the others do not."""
+    """Which backend serves each op on each device present, and why the others do not."""
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return [_explain(op, device) for op in OPS for device in devices]
 

@@ -12,6 +12,7 @@ Saved for backward: the key.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -120,7 +121,8 @@ def bias_dropout_residual(
     """
     if bias is not None and bias.shape != x.shape[-1:]:
         raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; expected {tuple(x.shape[-1:])}, the last dimension of x"
+            f"bias has shape {tuple(bias.shape)}; expected {tuple(x.shape[-1:])}, the last "
+            "dimension of x"
         )
     if residual is not None and residual.shape != x.shape:
         raise ValueError(
@@ -128,9 +130,11 @@ def bias_dropout_residual(
         )
     check_dropout_key(p, seed, stream, row_ids)
     if p > 0:
+        assert row_ids is not None
         if row_ids.shape != x.shape[:-1]:
             raise ValueError(
-                f"row_ids has shape {tuple(row_ids.shape)}; expected {tuple(x.shape[:-1])}, one id per row of x"
+                f"row_ids has shape {tuple(row_ids.shape)}; expected {tuple(x.shape[:-1])}, "
+                "one id per row of x"
             )
         if row_ids.dim() != 1:
             row_ids = row_ids.reshape(-1)
@@ -142,9 +146,7 @@ def bias_dropout_residual(
     key = (p, seed, stream, row_ids, column_offset)
     if choose("bias_dropout_residual", x, bias) == "reference" or x.shape[-1] == 0:
         with without_autocast(x.device.type):
-            flat = (
-                (-1, x.shape[-1]) if x.numel() else (row_ids.numel() if p > 0 else 0, x.shape[-1])
-            )
+            flat = (math.prod(x.shape[:-1]), x.shape[-1])
             if x.dim() == 2:
                 return reference.bias_dropout_residual(x, bias, residual, *key)
             y = reference.bias_dropout_residual(

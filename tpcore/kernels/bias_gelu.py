@@ -77,7 +77,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") 
         )
     if bias is not None and bias.shape != x.shape[-1:]:
         raise ValueError(
-            f"bias has shape {tuple(bias.shape)}; expected {tuple(x.shape[-1:])}, the last dimension of x"
+            f"bias has shape {tuple(bias.shape)}; expected {tuple(x.shape[-1:])}, the last "
+            "dimension of x"
         )
     if choose("bias_gelu", x, bias) == "reference" or x.shape[-1] == 0:
         with without_autocast(x.device.type):

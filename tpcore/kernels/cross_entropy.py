@@ -116,7 +116,8 @@ def cross_entropy(
     """
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
         raise ValueError(
-            f"logits has shape {tuple(logits.shape)} and target {tuple(target.shape)}; expected [t, v] and [t]"
+            f"logits has shape {tuple(logits.shape)} and target {tuple(target.shape)}; "
+            "expected [t, v] and [t]"
         )
     if target.dtype != torch.int64:
         raise ValueError(f"target is {target.dtype}; expected int64")
@@ -125,12 +126,14 @@ def cross_entropy(
     if num_classes is None:
         if combine is not None or vocab_start != 0:
             raise ValueError(
-                "num_classes is None on a shard of the vocabulary; pass the size of the whole vocabulary"
+                "num_classes is None on a shard of the vocabulary; pass the size of the whole "
+                "vocabulary"
             )
         num_classes = logits.shape[1]
     elif combine is None and not 0 < num_classes - vocab_start <= logits.shape[1]:
         raise ValueError(
-            f"logits holds the classes {vocab_start}..{vocab_start + logits.shape[1] - 1} of num_classes={num_classes};"
+            f"logits holds the classes {vocab_start}..{vocab_start + logits.shape[1] - 1} of "
+            f"num_classes={num_classes};"
             " pass combine to join it with the other shards"
         )
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -146,6 +149,7 @@ def _check_targets(target: Tensor, num_classes: int, ignore_index: int) -> None:
     if invalid.any():
         position = int(invalid.nonzero()[0])
         raise ValueError(
-            f"target[{position}] is {int(target[position])}; expected a class 0..{num_classes - 1} or"
+            f"target[{position}] is {int(target[position])}; expected a class "
+            f"0..{num_classes - 1} or"
             f" ignore_index={ignore_index}"
         )

@@ -15,6 +15,7 @@ Source: Ba, Kiros, Hinton, "Layer normalization", arXiv 1607.06450. Saved for ba
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,7 +50,8 @@ class _LayerNorm(torch.autograd.Function):
         if grad_y is None:
             return None, None, None, None, None
         needs = ctx.needs_input_grad[:3]
-        return *_backward(needs, grad_y, *ctx.saved_tensors, None), None, None
+        rows, weight, bias, mean, rstd = ctx.saved_tensors
+        return *_backward(needs, grad_y, rows, weight, bias, mean, rstd, None), None, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -79,11 +81,13 @@ class _AddLayerNorm(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if grad_y is None:
             return grad_total, grad_total, None, None, None
-        need_x, need_residual, *need_parameters, _ = ctx.needs_input_grad
-        needs = (need_x or need_residual, *need_parameters)
-        total, *saved = ctx.saved_tensors
+        need_x, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
+        needs = (need_x or need_residual, need_weight, need_bias)
+        total, weight, bias, mean, rstd = ctx.saved_tensors
         rows = as_rows(total, total.shape[-1])
-        grad_x, grad_weight, grad_bias = _backward(needs, grad_y, rows, *saved, grad_total)
+        grad_x, grad_weight, grad_bias = _backward(
+            needs, grad_y, rows, weight, bias, mean, rstd, grad_total
+        )
         return (
             grad_x if need_x else None,
             grad_x if need_residual else None,
@@ -119,13 +123,16 @@ def _backward(
     )
     return (
         in_shape_of(grad_x, grad_y) if needs[0] else None,
-        as_parameter_grad(grad_weight, weight) if needs[1] else None,
-        as_parameter_grad(grad_bias, bias) if needs[2] else None,
+        None if weight is None or not needs[1] else as_parameter_grad(grad_weight, weight),
+        None if bias is None or not needs[2] else as_parameter_grad(grad_bias, bias),
     )
 
 
 def _check_normalized_shape(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, normalized_shape: tuple[int, ...] | None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    normalized_shape: Sequence[int] | int | None,
 ) -> tuple[int, ...]:
     if normalized_shape is None:
         given = weight if weight is not None else bias
@@ -136,8 +143,8 @@ def _check_normalized_shape(
         )
     if not shape or tuple(x.shape[-len(shape) :]) != shape:
         raise ValueError(
-            f"x of shape {tuple(x.shape)} does not end in the normalized shape {shape}; pass normalized_shape=, or"
-            " weight and bias of the shape of the last dimensions"
+            f"x of shape {tuple(x.shape)} does not end in the normalized shape {shape}; pass "
+            "normalized_shape=, or weight and bias of the shape of the last dimensions"
         )
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and tuple(parameter.shape) != shape:
@@ -207,7 +214,8 @@ def add_layer_norm(
     """
     if x.shape != residual.shape:
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and residual {tuple(residual.shape)}; expected equal shapes"
+            f"x has shape {tuple(x.shape)} and residual {tuple(residual.shape)}; expected "
+            "equal shapes"
         )
     shape = _check_normalized_shape(x, weight, bias, tuple(x.shape[-1:]))
     if x.dtype != residual.dtype:

@@ -70,7 +70,8 @@ def _check(
 ) -> None:
     if scores.dim() != 4:
         raise ValueError(
-            f"scores has shape {tuple(scores.shape)}; expected four dimensions [batch, heads, queries, keys]"
+            f"scores has shape {tuple(scores.shape)}; expected four dimensions [batch, heads, "
+            "queries, keys]"
         )
     if mask is not None:
         if mask.dtype != torch.bool:
@@ -81,13 +82,15 @@ def _check(
         )
         if not fits:
             raise ValueError(
-                f"mask of shape {tuple(mask.shape)} does not broadcast to scores {tuple(scores.shape)}"
+                f"mask of shape {tuple(mask.shape)} does not broadcast to scores "
+                f"{tuple(scores.shape)}"
             )
     check_dropout_key(dropout_p, seed, stream, row_ids)
     expected = scores.shape[0], scores.shape[2]
-    if dropout_p > 0 and row_ids.shape != expected:
+    if row_ids is not None and dropout_p > 0 and row_ids.shape != expected:
         raise ValueError(
-            f"row_ids has shape {tuple(row_ids.shape)}; expected {tuple(expected)}, one id per query"
+            f"row_ids has shape {tuple(row_ids.shape)}; expected {tuple(expected)}, one id per "
+            "query"
         )
 
 

@@ -29,7 +29,7 @@ def layer_norm(
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    """Bias and GeLU: gelu(x + bias), by erf, by tanh, or by erf with the constant 1.41421 for sqrt(2)."""
+    """gelu(x + bias), by erf, by tanh, or by erf with the constant 1.41421 for sqrt(2)."""
     dtype = accumulation_dtype(x.dtype)
     z = x.to(dtype)
     if bias is not None:
@@ -75,6 +75,8 @@ def masked_softmax(
         y = torch.softmax(z.masked_fill(masked, float("-inf")), dim=-1)
         y = y.masked_fill(masked.all(dim=-1, keepdim=True), 0.0)
     if dropout_p > 0:
+        assert seed is not None
+        assert row_ids is not None
         num_heads, num_keys = scores.shape[1], scores.shape[3]
         keep = attention_dropout_keep_mask(
             dropout_p, seed, stream, row_ids, num_heads, num_keys, head_offset=head_offset
@@ -93,13 +95,15 @@ def bias_dropout_residual(
     row_ids: Tensor | None,
     column_offset: int,
 ) -> Tensor:
-    """Bias, dropout, residual of x [t, h]: dropout(x + bias) + residual, in their promoted dtype."""
+    """dropout(x + bias) + residual of x [t, h], in their promoted dtype."""
     dtype = accumulation_dtype(x.dtype)
     out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = x.to(dtype)
     if bias is not None:
         y = y + bias.to(dtype)
     if p > 0:
+        assert seed is not None
+        assert row_ids is not None
         keep = dropout_keep_mask(p, seed, stream, row_ids, x.shape[-1], column_offset=column_offset)
         y = torch.where(keep, y * (1.0 / (1.0 - p)), 0.0)
     if residual is not None:

@@ -94,6 +94,12 @@ class BertConfig:
             )
 
     @property
+    def masked_lm_gelu(self) -> Gelu:
+        """`lm_head_gelu`, never None."""
+        assert self.lm_head_gelu is not None
+        return self.lm_head_gelu
+
+    @property
     def head_size(self) -> int:
         return self.hidden_size // self.num_attention_heads
 

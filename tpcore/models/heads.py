@@ -95,7 +95,7 @@ class _MaskedLMHead(nn.Module):
         padded = config.padded_vocab_size or padded_vocab_size_for(config.vocab_size, tp.size)
         self.tp = tp
         self.num_classes = config.vocab_size
-        self.gelu = config.lm_head_gelu
+        self.gelu = config.masked_lm_gelu
         self.dense = _linear(config, config.hidden_size, device, dtype)
         self.norm = LayerNorm(config.hidden_size, config.layernorm_eps, device=device, dtype=dtype)
         rows = divide(padded, tp.size, "padded_vocab_size")
@@ -248,10 +248,7 @@ class QuestionAnsweringHead(nn.Module):
 
 
 Head = (
-    PreTrainingHead
-    | SequenceClassificationHead
-    | TokenClassificationHead
-    | QuestionAnsweringHead
+    PreTrainingHead | SequenceClassificationHead | TokenClassificationHead | QuestionAnsweringHead
 )
 
 HEADS: dict[str, type[nn.Module]] = {

@@ -111,6 +111,7 @@ def pack_sequences(
         input_ids: one list of ids for each sequence, none of them empty.
         token_type_ids: lists of the same lengths; None: zeros.
         sample_ids: one integer for each sequence, its name in the dropout key; None: 0, 1, ...
+        device: where the packed tensors live.
 
     Raises:
         ValueError: no sequence, an empty one, or lengths that differ.
