@@ -15,7 +15,6 @@ namespace TPCORE_ISA {
 typedef float F32x4 __attribute__((vector_size(16)));
 typedef double F64x2 __attribute__((vector_size(16)));
 typedef uint32_t U32x4 __attribute__((vector_size(16)));
-typedef int32_t I32x4 __attribute__((vector_size(16)));
 typedef uint64_t U64x2 __attribute__((vector_size(16)));
 typedef uint16_t U16x4 __attribute__((vector_size(8)));
 
@@ -64,7 +63,7 @@ struct Vec<float> {
     U16x4 raw{0, 0, 0, 0};
     memcpy(&raw, p, static_cast<size_t>(count) * sizeof(BFloat16));
     const U32x4 bits = __builtin_convertvector(raw, U32x4) << 16;
-    return reinterpret_cast<const F32x4&>(bits);
+    return (F32x4)bits;
   }
   static TPCORE_INLINE Vec unpack(const Float16* p, int64_t count) {
     F32x4 raw{0, 0, 0, 0};
@@ -75,10 +74,9 @@ struct Vec<float> {
     memcpy(p, &v, static_cast<size_t>(count) * sizeof(float));
   }
   TPCORE_INLINE void pack(BFloat16* p, int64_t count) const {
-    const U32x4 bits = reinterpret_cast<const U32x4&>(v);
+    const U32x4 bits = (U32x4)v;
     const U32x4 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const I32x4 ordered = v == v;
-    const U32x4 keep = reinterpret_cast<const U32x4&>(ordered);
+    const U32x4 keep = (U32x4)(v == v);
     const U16x4 raw = __builtin_convertvector((rounded & keep) | (0x7fc0u & ~keep), U16x4);
     memcpy(p, &raw, static_cast<size_t>(count) * sizeof(BFloat16));
   }
@@ -124,10 +122,19 @@ TPCORE_INLINE Vec<A> operator*(Vec<A> a, Vec<A> b) {
   return Vec<A>(a.v * b.v);
 }
 // a * b + c, fused where the machine can.
+#if defined(__ARM_NEON)
+TPCORE_INLINE Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (F32x4)vfmaq_f32((float32x4_t)c.v, (float32x4_t)a.v, (float32x4_t)b.v);
+}
+TPCORE_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (F64x2)vfmaq_f64((float64x2_t)c.v, (float64x2_t)a.v, (float64x2_t)b.v);
+}
+#else
 template <class A>
 TPCORE_INLINE Vec<A> multiply_add(Vec<A> a, Vec<A> b, Vec<A> c) {
   return Vec<A>(a.v * b.v + c.v);
 }
+#endif
 
 struct U64 {
   static constexpr int64_t size = 2;

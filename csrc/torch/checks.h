@@ -56,7 +56,7 @@ inline Matrix matrix_of(const Tensor& tensor, const char* name, int64_t rows, in
                   " has shape ", shape_string(tensor), "; expected [", rows, ", ", columns, "]");
   STD_TORCH_CHECK(tensor.scalar_type() == type, name, " differs from x in dtype");
   STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU");
-  STD_TORCH_CHECK(columns <= 1 || tensor.stride(1) == 1, name,
+  STD_TORCH_CHECK(rows == 0 || columns <= 1 || tensor.stride(1) == 1, name,
                   " has columns that are not contiguous; its last stride is ", tensor.stride(1));
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0)};
 }

@@ -12,7 +12,6 @@ Saved for backward: the key.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from tpcore._native import check_dropout_key
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
 from tpcore.kernels.backend import choose
-from tpcore.kernels.rows import as_rows, in_shape_of
+from tpcore.kernels.rows import as_rows, as_vector, in_shape_of
 
 
 class _BiasDropoutResidual(torch.autograd.Function):
@@ -42,7 +41,7 @@ class _BiasDropoutResidual(torch.autograd.Function):
         num_columns = x.shape[-1]
         y = torch.ops.tpcore.bias_dropout_residual_forward(
             as_rows(x, num_columns),
-            bias,
+            as_vector(bias),
             None if residual is None else as_rows(residual, num_columns),
             p,
             seed,
@@ -136,8 +135,7 @@ def bias_dropout_residual(
                 f"row_ids has shape {tuple(row_ids.shape)}; expected {tuple(x.shape[:-1])}, "
                 "one id per row of x"
             )
-        if row_ids.dim() != 1:
-            row_ids = row_ids.reshape(-1)
+        row_ids = row_ids.reshape(-1)
     elif bias is None and residual is None:
         return x
     if residual is not None and residual.dtype != x.dtype:
@@ -146,11 +144,5 @@ def bias_dropout_residual(
     key = (p, seed, stream, row_ids, column_offset)
     if choose("bias_dropout_residual", x, bias) == "reference" or x.shape[-1] == 0:
         with without_autocast(x.device.type):
-            flat = (math.prod(x.shape[:-1]), x.shape[-1])
-            if x.dim() == 2:
-                return reference.bias_dropout_residual(x, bias, residual, *key)
-            y = reference.bias_dropout_residual(
-                x.reshape(flat), bias, None if residual is None else residual.reshape(flat), *key
-            )
-            return y.view(x.shape)
+            return reference.bias_dropout_residual(x, bias, residual, *key)
     return _BiasDropoutResidual.apply(x, bias, residual, *key)

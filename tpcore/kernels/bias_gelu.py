@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
 from tpcore.kernels.backend import choose
-from tpcore.kernels.rows import as_parameter_grad, as_rows, in_shape_of
+from tpcore.kernels.rows import as_parameter_grad, as_rows, as_vector, in_shape_of
 
 APPROXIMATIONS = ("none", "tanh", "erf_1.41421")
 
@@ -36,7 +36,9 @@ class _BiasGelu(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows, bias)
         ctx.approximate = approximate
-        return in_shape_of(torch.ops.tpcore.bias_gelu_forward(rows, bias, approximate), x)
+        return in_shape_of(
+            torch.ops.tpcore.bias_gelu_forward(rows, as_vector(bias), approximate), x
+        )
 
     @staticmethod
     @once_differentiable
@@ -46,7 +48,12 @@ class _BiasGelu(torch.autograd.Function):
         rows, bias = ctx.saved_tensors
         need_x, need_bias, _ = ctx.needs_input_grad
         grad_x, grad_bias = torch.ops.tpcore.bias_gelu_backward(
-            as_rows(grad_y, rows.shape[1]), rows, bias, ctx.approximate, need_x, need_bias
+            as_rows(grad_y, rows.shape[1]),
+            rows,
+            as_vector(bias),
+            ctx.approximate,
+            need_x,
+            need_bias,
         )
         return (
             in_shape_of(grad_x, grad_y) if need_x else None,

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
 from tpcore.kernels.backend import choose
-from tpcore.kernels.rows import as_parameter_grad, as_rows, in_shape_of
+from tpcore.kernels.rows import as_parameter_grad, as_rows, as_vector, in_shape_of
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -39,7 +39,9 @@ class _LayerNorm(torch.autograd.Function):
         num_columns: int,
     ) -> Tensor:
         rows = as_rows(x, num_columns)
-        y, mean, rstd = torch.ops.tpcore.layer_norm_forward(rows, _flat(weight), _flat(bias), eps)
+        y, mean, rstd = torch.ops.tpcore.layer_norm_forward(
+            rows, as_vector(weight), as_vector(bias), eps
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows, weight, bias, mean, rstd)
         return in_shape_of(y, x)
@@ -66,7 +68,11 @@ class _AddLayerNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         num_columns = x.shape[-1]
         y, total, mean, rstd = torch.ops.tpcore.add_layer_norm_forward(
-            as_rows(x, num_columns), as_rows(residual, num_columns), weight, bias, eps
+            as_rows(x, num_columns),
+            as_rows(residual, num_columns),
+            as_vector(weight),
+            as_vector(bias),
+            eps,
         )
         # The output itself is saved, so that autograd notices if the caller modifies it in place.
         total = in_shape_of(total, x)
@@ -97,10 +103,6 @@ class _AddLayerNorm(torch.autograd.Function):
         )
 
 
-def _flat(parameter: Tensor | None) -> Tensor | None:
-    return parameter if parameter is None or parameter.dim() == 1 else parameter.reshape(-1)
-
-
 def _backward(
     needs: tuple[bool, bool, bool],
     grad_y: Tensor,
@@ -117,7 +119,7 @@ def _backward(
         rows,
         mean,
         rstd,
-        _flat(weight),
+        as_vector(weight),
         None if grad_total is None else as_rows(grad_total, num_columns),
         *needs,
     )

@@ -95,9 +95,8 @@ def bias_dropout_residual(
     row_ids: Tensor | None,
     column_offset: int,
 ) -> Tensor:
-    """dropout(x + bias) + residual of x [t, h], in their promoted dtype."""
+    """dropout(x + bias) + residual, x and residual of one dtype; row_ids flat, one per row."""
     dtype = accumulation_dtype(x.dtype)
-    out_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = x.to(dtype)
     if bias is not None:
         y = y + bias.to(dtype)
@@ -105,10 +104,10 @@ def bias_dropout_residual(
         assert seed is not None
         assert row_ids is not None
         keep = dropout_keep_mask(p, seed, stream, row_ids, x.shape[-1], column_offset=column_offset)
-        y = torch.where(keep, y * (1.0 / (1.0 - p)), 0.0)
+        y = torch.where(keep.view(x.shape), y * (1.0 / (1.0 - p)), 0.0)
     if residual is not None:
         y = y + residual.to(dtype)
-    return y.to(out_dtype)
+    return y.to(x.dtype)
 
 
 def cross_entropy(

@@ -13,6 +13,13 @@ def as_rows(x: Tensor, num_columns: int) -> Tensor:
     return x if x.stride(1) == 1 or num_columns == 1 else x.contiguous()
 
 
+def as_vector(parameter: Tensor | None) -> Tensor | None:
+    """A weight or bias as kernels want it: one dimension, contiguous."""
+    if parameter is None or (parameter.dim() == 1 and parameter.is_contiguous()):
+        return parameter
+    return parameter.reshape(-1).contiguous()
+
+
 def as_parameter_grad(total: Tensor, parameter: Tensor) -> Tensor:
     """A column sum in accumulation dtype as the gradient of a weight or bias."""
     if total.dtype != parameter.dtype:
