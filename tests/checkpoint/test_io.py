@@ -111,6 +111,12 @@ def test_a_file_without_a_pooler_gets_one_only_with_a_head_that_needs_it(tmp_pat
     assert "head.classifier.bias" in caplog.text
 
 
+def test_a_head_without_the_pooler_it_was_trained_with_is_refused():
+    with pytest.raises(CheckpointError, match=r"missing parameters: pooler\.dense\.weight"):
+        checkpoint.load(CLASSIFIER, add_pooler=False)
+    assert checkpoint.load(CLASSIFIER, add_pooler=False, head=None).pooler is None
+
+
 def test_head_arguments_reach_the_head():
     model = checkpoint.load(
         PRETRAINED,

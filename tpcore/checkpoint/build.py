@@ -84,6 +84,11 @@ def build_model(
     state, wanted, kwargs = _choose_head(state, head, num_labels, dict(head_kwargs or {}))
     config = _config_for(state, tp.size)
     new_pooler = wanted is not None and _needs_pooler(wanted, kwargs) and not config.add_pooler
+    if new_pooler and state.head is not None:
+        raise CheckpointError(
+            f"{state.source.path}: missing parameters: pooler.dense.weight, pooler.dense.bias, "
+            f"which its {state.head} head works on; pass head=None for the encoder alone"
+        )
     if new_pooler:
         config = config.replace(add_pooler=True)
     # On the meta device no weight is drawn, and none is allocated before its values are read.
