@@ -1,40 +1,18 @@
-"""Megatron-LM directories: every combination that can exist is read, every fault is refused."""
+"""Megatron-LM directories: every combination that can exist is read, with its configuration."""
 
 import argparse
 import itertools
-import re
 import shutil
 
 import pytest
 import torch
 
 from tests.checkpoint import golden, tiny
+from tests.checkpoint.tiny import assert_reads_as, edit_models
 from tpcore.checkpoint import CheckpointError, convert, megatron
 from tpcore.checkpoint.unpickle import load_pickle
 
 MODEL = tiny.random_model()
-
-
-def _assert_reads_as(path, model=MODEL, **kwargs):
-    state = megatron.read(path, **kwargs)
-    assert set(state.tensors) == set(model)
-    for name, tensor in model.items():
-        full = state.full(name)
-        assert full.shape == state.tensors[name].shape, name
-        assert torch.equal(full, tensor), name
-    return state
-
-
-def _edit_models(change):
-    """An `edit` for tiny.write_megatron that changes the flat or nested model of every file."""
-
-    def edit(content, rank, stage):
-        change(content["model"])
-
-    return edit
-
-
-# --- what is read --------------------------------------------------------------------------------
 
 
 # Version 0 with newer names cannot be: see the order of q/k/v rows below.
@@ -53,7 +31,7 @@ def test_every_version_spelling_and_split(tmp_path, version, spelling, nested):
             tp=tp,
             pp=pp,
         )
-        source = _assert_reads_as(root).source
+        source = assert_reads_as(root).source
         assert (source.tensor_parallel_size, source.pipeline_parallel_size) == (tp, pp)
         assert source.qkv_layout == f"v{version}"
         assert source.iteration == 10
@@ -61,19 +39,19 @@ def test_every_version_spelling_and_split(tmp_path, version, spelling, nested):
 
 @pytest.mark.parametrize(("pp", "chunks"), [(1, 2), (2, 2)])
 def test_interleaved_pipeline_stages(tmp_path, pp, chunks):
-    _assert_reads_as(tiny.write_megatron(tmp_path, MODEL, pp=pp, chunks=chunks, tp=2))
+    assert_reads_as(tiny.write_megatron(tmp_path, MODEL, pp=pp, chunks=chunks, tp=2))
 
 
 def test_the_root_an_iteration_a_rank_and_a_file_are_the_same(tmp_path):
     root = tiny.write_megatron(tmp_path, MODEL, iteration=None)
     rank = root / "release" / "mp_rank_00"
     for path in (root, root / "release", rank, rank / "model_optim_rng.pt"):
-        assert _assert_reads_as(path).source.iteration is None
+        assert assert_reads_as(path).source.iteration is None
     single = tmp_path / "single"
     single.mkdir()
     shutil.copy(rank / "model_optim_rng.pt", single / "MegatronBERT.pt")
-    _assert_reads_as(single)
-    _assert_reads_as(single / "MegatronBERT.pt")
+    assert_reads_as(single)
+    assert_reads_as(single / "MegatronBERT.pt")
 
 
 def test_side_files_of_the_distributed_optimizer_are_ignored(tmp_path):
@@ -85,7 +63,7 @@ def test_side_files_of_the_distributed_optimizer_are_ignored(tmp_path):
         optimizer = root / "iter_0000010" / f"mp_rank_0{rank}_000"
         optimizer.mkdir()
         (optimizer / "optim.pt").write_bytes(b"not read")
-    _assert_reads_as(root)
+    assert_reads_as(root)
 
 
 def test_the_oldest_flat_language_model(tmp_path):
@@ -96,11 +74,11 @@ def test_the_oldest_flat_language_model(tmp_path):
             if ".embedding." in key:
                 model[key.replace(".embedding.", ".")] = model.pop(key)
 
-    edit = _edit_models(flatten)
+    edit = edit_models(flatten)
     root = tiny.write_megatron(
         tmp_path, MODEL, version=0, spelling="old", nested=False, zipped=False, edit=edit
     )
-    _assert_reads_as(root)
+    assert_reads_as(root)
 
 
 def test_wrapped_modules(tmp_path):
@@ -108,7 +86,7 @@ def test_wrapped_modules(tmp_path):
         for key in list(model):
             model[f"module.{key}"] = model.pop(key)
 
-    _assert_reads_as(tiny.write_megatron(tmp_path, MODEL, nested=False, edit=_edit_models(wrap)))
+    assert_reads_as(tiny.write_megatron(tmp_path, MODEL, nested=False, edit=edit_models(wrap)))
 
 
 def test_transformer_engine_names_of_megatron_core(tmp_path):
@@ -134,9 +112,9 @@ def test_transformer_engine_names_of_megatron_core(tmp_path):
             model[name] = model.pop(key)
         model["encoder.layers.0.mlp.linear_fc1._extra_state"] = b"a pickle, never opened"
 
-    edit = _edit_models(rename)
+    edit = edit_models(rename)
     root = tiny.write_megatron(tmp_path, MODEL, nested=False, tp=2, pp=2, edit=edit)
-    assert _assert_reads_as(root).source.format == "Megatron-Core (torch)"
+    assert assert_reads_as(root).source.format == "Megatron-Core (torch)"
 
 
 def test_heads_of_finetuned_files(tmp_path):
@@ -146,7 +124,7 @@ def test_heads_of_finetuned_files(tmp_path):
         model["classification_head.weight"] = torch.ones(3, tiny.HIDDEN)
         model["classification_head.bias"] = torch.ones(3)
 
-    edit = _edit_models(classify)
+    edit = edit_models(classify)
     state = megatron.read(tiny.write_megatron(tmp_path, MODEL, nested=False, edit=edit))
     assert (state.head, state.head_kwargs) == ("sequence_classification", {"num_labels": 3})
 
@@ -155,7 +133,7 @@ def test_a_trimmed_file_without_args(tmp_path):
     root = tiny.write_megatron(tmp_path / "a", MODEL, args=None)
     with pytest.raises(CheckpointError, match="num_attention_heads"):
         megatron.read(root)
-    state = _assert_reads_as(root, overrides={"num_attention_heads": tiny.HEADS})
+    state = assert_reads_as(root, overrides={"num_attention_heads": tiny.HEADS})
     assert state.config.layernorm_eps == 1e-5
     assert (state.config.gelu, state.config.lm_head_gelu) == ("none", "none")
     # Some of them carry a `config` with hyphens in its names.
@@ -164,7 +142,7 @@ def test_a_trimmed_file_without_args(tmp_path):
     def add(content, rank, stage):
         content["config"] = config
 
-    _assert_reads_as(tiny.write_megatron(tmp_path / "b", MODEL, args=None, edit=add))
+    assert_reads_as(tiny.write_megatron(tmp_path / "b", MODEL, args=None, edit=add))
 
 
 def test_a_run_without_token_types(tmp_path):
@@ -181,17 +159,17 @@ def test_a_run_without_token_types(tmp_path):
                 del flat[key]
 
     def write(name, args):
-        edit = _edit_models(strip)
+        edit = edit_models(strip)
         return tiny.write_megatron(tmp_path / name, MODEL, nested=False, args=args, edit=edit)
 
     root = write("a", tiny.args_of(3, 1, bert_binary_head=False))
-    assert _assert_reads_as(root, model).config.num_token_types == 0
+    assert assert_reads_as(root, model).config.num_token_types == 0
     convert(root, tmp_path / "b", to="megatron", tensor_parallel_size=2)
-    _assert_reads_as(tmp_path / "b", model)
+    assert_reads_as(tmp_path / "b", model)
     for args in (tiny.args_of(3, 1), tiny.args_of(3, 1, bert_binary_head=True)):
         with pytest.raises(CheckpointError, match=r"had 2 token types.*has 0 rows"):
             megatron.read(write("c", args))
-    _assert_reads_as(write("d", tiny.args_of(3, 1)), model, overrides={"num_token_types": 0})
+    assert_reads_as(write("d", tiny.args_of(3, 1)), model, overrides={"num_token_types": 0})
 
 
 def test_half_precision_and_a_missing_pooler_are_kept(tmp_path):
@@ -211,7 +189,7 @@ def test_half_precision_and_a_missing_pooler_are_kept(tmp_path):
             tree = content["model"][part]
             tree.update({key: value.half() for key, value in tree.items()})
 
-    state = _assert_reads_as(tiny.write_megatron(tmp_path, MODEL, edit=edit), model)
+    state = assert_reads_as(tiny.write_megatron(tmp_path, MODEL, edit=edit), model)
     assert not state.config.add_pooler
     assert state.tensors["final_norm.bias"].dtype == torch.float16
 
@@ -327,7 +305,7 @@ def test_a_lost_version_is_refused_until_the_order_is_given(tmp_path, spelling, 
     root = tiny.write_megatron(tmp_path, MODEL, spelling=spelling, args=args, edit=forget)
     with pytest.raises(CheckpointError, match="qkv_layout='v3'"):
         megatron.read(root)
-    _assert_reads_as(root, qkv_layout="v3")
+    assert_reads_as(root, qkv_layout="v3")
 
 
 def test_an_unknown_order_is_refused(tmp_path):
@@ -344,298 +322,3 @@ def test_versions_that_never_were(tmp_path, version):
     root = tiny.write_megatron(tmp_path, MODEL, edit=edit)
     with pytest.raises(CheckpointError, match="checkpoint_version="):
         megatron.read(root)
-
-
-# --- accounting ----------------------------------------------------------------------------------
-
-KEYS = sorted(
-    tiny.rank_model(
-        tiny.random_model(layers=1),
-        version=3,
-        spelling="new",
-        rank=0,
-        tp=1,
-        layers=range(1),
-        first=True,
-        last=True,
-    )
-)
-
-
-@pytest.mark.parametrize("key", KEYS)
-def test_a_deleted_and_a_renamed_key_always_fail(tmp_path, key):
-    model = tiny.random_model(layers=1)
-
-    def write(name, change):
-        return tiny.write_megatron(tmp_path / name, model, nested=False, edit=_edit_models(change))
-
-    with pytest.raises(CheckpointError, match="missing parameters"):
-        megatron.read(write("deleted", lambda flat: flat.pop(key)))
-
-    def rename(flat):
-        flat[f"{key}_"] = flat.pop(key)
-
-    with pytest.raises(CheckpointError, match=re.escape(f"{key}_")):
-        megatron.read(write("renamed", rename))
-
-
-@pytest.mark.parametrize("key", ["extra", "lm_head.extra.weight", "language_model.encoder.x"])
-def test_an_extra_key_always_fails(tmp_path, key):
-    edit = _edit_models(lambda flat: flat.update({key: torch.zeros(1)}))
-    root = tiny.write_megatron(tmp_path, MODEL, nested=False, edit=edit)
-    with pytest.raises(CheckpointError, match=f"unknown parameters: {re.escape(key)}"):
-        megatron.read(root)
-
-
-def test_a_layer_that_is_missing_in_the_middle(tmp_path):
-    def drop(flat):
-        for key in [key for key in flat if ".layers.2." in key]:
-            del flat[key]
-
-    root = tiny.write_megatron(tmp_path, MODEL, nested=False, edit=_edit_models(drop))
-    with pytest.raises(CheckpointError, match=r"missing parameters: blocks\.2\.input_norm"):
-        megatron.read(root)
-
-
-def test_ranks_that_do_not_belong_together(tmp_path):
-    other = tiny.random_model(seed=1)
-    root = tiny.write_megatron(tmp_path / "a", MODEL, tp=2)
-    foreign = tiny.write_megatron(tmp_path / "b", other, tp=2)
-    place = "iter_0000010/mp_rank_01/model_optim_rng.pt"
-    shutil.copy(foreign / place, root / place)
-    state = megatron.read(root)
-    with pytest.raises(CheckpointError, match=r"final_norm\.bias should be the same on every rank"):
-        state.full("final_norm.bias")
-
-    def drop(content, rank, stage):
-        if rank == 1:
-            del content["model"]["binary_head"]
-
-    with pytest.raises(CheckpointError, match=r"head\.binary"):
-        megatron.read(tiny.write_megatron(tmp_path / "c", MODEL, tp=2, edit=drop))
-
-    def widen(content, rank, stage):
-        if rank == 1:
-            head = content["model"]["lm_head"]
-            head["bias"] = head["bias"].repeat(2)
-
-    with pytest.raises(CheckpointError, match=r"head\.lm\.bias is \[128\].*\[256\].*on rank 1"):
-        megatron.read(tiny.write_megatron(tmp_path / "d", MODEL, tp=2, edit=widen))
-
-
-def test_an_untied_decoder_is_refused_with_its_head(tmp_path):
-    def edit(content, rank, stage):
-        if stage == 1:
-            content["model"]["word_embeddings_for_head"]["weight"] += 1
-
-    state = megatron.read(tiny.write_megatron(tmp_path, MODEL, pp=2, tp=2, edit=edit))
-    with pytest.raises(CheckpointError, match="tied"):
-        state.full("embeddings.word_embeddings.weight")
-
-
-# --- files that are missing or not what they should be -------------------------------------------
-
-
-def test_a_missing_rank_is_named(tmp_path):
-    root = tiny.write_megatron(tmp_path, MODEL, tp=4)
-    folder = root / "iter_0000010"
-    shutil.rmtree(folder / "mp_rank_02")
-    with pytest.raises(CheckpointError, match=r"missing: .*mp_rank_02/model_optim_rng\.pt$"):
-        megatron.read(root)
-    shutil.rmtree(folder / "mp_rank_03")
-    with pytest.raises(CheckpointError, match=r"written by 4 tensor-parallel ranks, but 2 .* are"):
-        megatron.read(root)
-    with pytest.raises(CheckpointError, match="written by 4 tensor-parallel ranks, but 1"):
-        megatron.read(folder / "mp_rank_00")
-
-
-def test_a_missing_stage_is_named(tmp_path):
-    root = tiny.write_megatron(tmp_path, MODEL, tp=2, pp=2)
-    (root / "iter_0000010" / "mp_rank_01_000" / "model_optim_rng.pt").unlink()
-    with pytest.raises(CheckpointError, match=r"missing: .*mp_rank_01_000/model_optim_rng\.pt$"):
-        megatron.read(root)
-
-
-@pytest.mark.parametrize("word", ["", "ten", "-1", "iter_0000010", "1" * 40])
-def test_a_tracker_that_says_nothing(tmp_path, word):
-    root = tiny.write_megatron(tmp_path, MODEL)
-    (root / "latest_checkpointed_iteration.txt").write_text(word)
-    with pytest.raises(CheckpointError, match=r"latest_checkpointed_iteration\.txt: .*neither"):
-        megatron.read(root)
-
-
-def test_a_tracker_that_names_what_is_not_there(tmp_path):
-    root = tiny.write_megatron(tmp_path, MODEL)
-    (root / "latest_checkpointed_iteration.txt").write_text("20\n")
-    with pytest.raises(CheckpointError, match=r"names iteration 20, but .*iter_0000020 is missing"):
-        megatron.read(root)
-
-
-def test_a_missing_tracker_is_an_error_that_offers_what_is_there(tmp_path):
-    root = tiny.write_megatron(tmp_path, MODEL)
-    (root / "latest_checkpointed_iteration.txt").unlink()
-    with pytest.raises(CheckpointError, match=r"pass .*iter_0000010"):
-        megatron.read(root)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ([1, 2], "holds a list"),
-        ({"state_dict": {}}, "no 'model' in it; it holds: state_dict"),
-        ({}, "it holds: nothing"),
-        ({"model": [1]}, "model is a list"),
-        ({"model": {"lm_head": {"bias": 3}}, "args": 7}, "args is a int"),
-        ({"model": {"lm_head": {"bias": 3}}}, r"lm_head\.bias is a int, not a tensor"),
-        ({"model": {1: torch.ones(1)}}, "no string"),
-        ({"model": {"lm_head": {"bias": torch.ones(3)}}}, "no transformer layers"),
-        ({"model": {}}, "no transformer layers"),
-    ],
-)
-def test_files_that_hold_something_else(tmp_path, content, message):
-    file = tmp_path / "MegatronBERT.pt"
-    torch.save(content, file)
-    with pytest.raises(CheckpointError, match=message) as error:
-        megatron.read(file)
-    assert str(file) in str(error.value)
-
-
-def test_models_that_contain_themselves(tmp_path):
-    tree: dict = {"a": torch.ones(1)}
-    tree["again"] = tree
-    torch.save({"model": tree}, tmp_path / "MegatronBERT.pt")
-    with pytest.raises(CheckpointError, match="nested more than"):
-        megatron.read(tmp_path)
-
-
-def test_tensors_that_are_not_dense(tmp_path):
-    flat = {"lm_head.bias": torch.ones(4).to_sparse()}
-    torch.save({"model": flat}, tmp_path / "MegatronBERT.pt")
-    with pytest.raises(CheckpointError, match=r"lm_head\.bias"):
-        megatron.read(tmp_path)
-
-
-def test_shapes_beyond_the_file(tmp_path):
-    flat = {"lm_head.bias": torch.ones(1).expand(2**40)}
-    torch.save({"model": flat}, tmp_path / "MegatronBERT.pt")
-    with pytest.raises(CheckpointError, match="claims shape"):
-        megatron.read(tmp_path)
-
-
-# --- what is written -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_a_written_directory_is_what_the_description_says(tmp_path, tp):
-    """Against the keys, shapes, nesting and args of tiny.py, which knows nothing of the tables."""
-    source = tiny.write_megatron(tmp_path / "source", MODEL, version=1, spelling="old", tp=2)
-    convert(source, tmp_path / "out", to="megatron", tensor_parallel_size=tp)
-    assert (tmp_path / "out/latest_checkpointed_iteration.txt").read_text() == "10"
-    rows = -(-tiny.ROWS // (128 * tp)) * 128 * tp
-    model = dict(MODEL)
-    for name in ("embeddings.word_embeddings.weight", "head.lm.bias"):
-        last = model[name][-1:]
-        model[name] = torch.cat([model[name], *[last] * (rows - tiny.ROWS)])
-    for rank in range(tp):
-        file = tmp_path / f"out/iter_0000010/mp_rank_{rank:02d}/model_optim_rng.pt"
-        content = load_pickle(file)
-        assert content["checkpoint_version"] == 3.0
-        assert content["iteration"] == 10
-        expected = tiny.nest(
-            tiny.rank_model(
-                model,
-                version=3,
-                spelling="new",
-                rank=rank,
-                tp=tp,
-                layers=range(tiny.LAYERS),
-                first=True,
-                last=True,
-            )
-        )
-        _assert_same_tree(content["model"], expected)
-        args = vars(content["args"])
-        for name, value in vars(tiny.args_of(3, tp, padded_vocab_size=rows)).items():
-            assert args[name] == value or (args[name] in (None, False) and not value), name
-        # What Megatron-LM compares on load when a vocabulary file is given.
-        for name in ("make_vocab_size_divisible_by", "padded_vocab_size", "tokenizer_type"):
-            assert name in args
-        # No shard drags the full tensor's memory into its file.
-        assert file.stat().st_size < 2 * sum(t.numel() * 4 for t in model.values()) / tp + 2**15
-
-
-def _assert_same_tree(tree, expected):
-    assert tree.keys() == expected.keys()
-    for key, value in expected.items():
-        if isinstance(value, dict):
-            _assert_same_tree(tree[key], value)
-        else:
-            assert torch.equal(tree[key], value), key
-
-
-def test_round_trips_between_sizes_are_bit_equal(tmp_path):
-    """1 -> 2 -> 4 -> 1, with a vocabulary whose padding differs at each of them."""
-    model = tiny.random_model(rows=1152)
-    args = tiny.args_of(3, 1, padded_vocab_size=1152)
-    path = tiny.write_megatron(tmp_path / "start", model, args=args)
-    first = megatron.read(path)
-    rows = []
-    for step, tp in enumerate((2, 4, 1)):
-        info = convert(path, tmp_path / str(step), to="megatron", tensor_parallel_size=tp)
-        rows.append(info.vocab_rows)
-        path = tmp_path / str(step)
-    assert rows == [1280, 1536, 1152]
-    last = _assert_reads_as(path, model)
-    assert last.config == first.config
-
-
-@pytest.mark.parametrize("name", [item.name for item in golden.committed()])
-def test_real_files_survive_round_trips(tmp_path, name):
-    from tpcore.checkpoint.io import _read
-
-    path = golden.Golden(golden.COMMITTED / name).checkpoint
-    first = _read(path, None, {})
-    for step, tp in enumerate((1, 2, 4, 1)):
-        convert(path, tmp_path / str(step), to="megatron", tensor_parallel_size=tp)
-        path = tmp_path / str(step)
-    last = _read(path, None, {})
-    rows = first.config.vocab_size
-    assert last.config.replace(padded_vocab_size=None) == first.config.replace(
-        padded_vocab_size=None
-    )
-    assert (last.head, dict(last.head_kwargs)) == (first.head, dict(first.head_kwargs))
-    assert last.labels == first.labels
-    for tensor in first.tensors:
-        assert torch.equal(last.full(tensor, rows), first.full(tensor, rows)), tensor
-
-
-def test_sizes_that_do_not_divide_write_nothing(tmp_path):
-    root = tiny.write_megatron(tmp_path / "a", MODEL)
-    with pytest.raises(CheckpointError, match=r"num_attention_heads=4 .* use 1, 2 or 4"):
-        convert(root, tmp_path / "b", to="megatron", tensor_parallel_size=3)
-    assert [child.name for child in tmp_path.iterdir()] == ["a"]
-
-
-@pytest.mark.parametrize(
-    ("gelu", "lm_head_gelu"),
-    list(itertools.product(("none", "tanh", "erf_1.41421"), repeat=2)),
-)
-def test_every_pair_of_gelus_is_written_and_read_back(tmp_path, gelu, lm_head_gelu):
-    root = tiny.write_megatron(tmp_path / "a", MODEL)
-    overrides = {"gelu": gelu, "lm_head_gelu": lm_head_gelu}
-    info = convert(root, tmp_path / "b", to="megatron", **overrides)
-    assert (info.config.gelu, info.config.lm_head_gelu) == (gelu, lm_head_gelu)
-
-
-def test_a_head_that_has_no_name_in_tpcore_is_rewritten_but_not_converted(tmp_path):
-    def choose(model):
-        for key in [key for key in model if key.startswith(("lm_head", "binary_head"))]:
-            del model[key]
-        model["multichoice_head.weight"] = torch.ones(1, tiny.HIDDEN)
-        model["multichoice_head.bias"] = torch.ones(1)
-
-    edit = _edit_models(choose)
-    root = tiny.write_megatron(tmp_path / "a", MODEL, nested=False, edit=edit)
-    assert convert(root, tmp_path / "b", to="megatron").head == "multichoice"
-    with pytest.raises(CheckpointError, match=r"head \(multichoice\) cannot be written"):
-        convert(root, tmp_path / "c", to="huggingface")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from tpcore.checkpoint import megatron
+from tpcore.checkpoint.state import CanonicalState
 
 HIDDEN, HEADS, FEED_FORWARD, POSITIONS, ROWS, LAYERS = 16, 4, 32, 8, 256, 4
 
@@ -243,3 +247,26 @@ def write_megatron(
     word = "release" if iteration is None else str(iteration)
     (root / "latest_checkpointed_iteration.txt").write_text(word)
     return root
+
+
+def assert_reads_as(
+    path: Path, model: dict[str, torch.Tensor] | None = None, **kwargs: object
+) -> CanonicalState:
+    """The state of a directory, bit-equal to the model (None: random_model())."""
+    model = random_model() if model is None else model
+    state = megatron.read(path, **kwargs)
+    assert set(state.tensors) == set(model)
+    for name, tensor in model.items():
+        full = state.full(name)
+        assert full.shape == state.tensors[name].shape, name
+        assert torch.equal(full, tensor), name
+    return state
+
+
+def edit_models(change: Callable[[dict], object]) -> Callable[[dict, int, int], None]:
+    """An `edit` for write_megatron that changes the flat or nested model of every file."""
+
+    def edit(content, rank, stage):
+        change(content["model"])
+
+    return edit
