@@ -123,8 +123,8 @@ RAW_OPS: dict[str, tuple[str, Callable[..., Any]]] = {
         lambda logits, *rest: tuple(_rows(logits) for _ in range(4)),
     ),
     "cross_entropy_backward": (
-        "(Tensor grad_loss, Tensor logits, Tensor target, Tensor log_sum_exp, int vocab_start,"
-        " int num_classes, int ignore_index, float label_smoothing) -> Tensor",
+        "(Tensor grad_loss, Tensor logits, Tensor target, Tensor max, Tensor sum_exp,"
+        " int vocab_start, int num_classes, int ignore_index, float label_smoothing) -> Tensor",
         lambda grad_loss, logits, *rest: _like(logits),
     ),
     # row_ids [b, sq] -> bool [b, num_heads, sq, num_columns]

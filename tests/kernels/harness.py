@@ -12,7 +12,6 @@ from tests.helpers.numerics import assert_as_accurate_as_torch
 from tpcore import _native
 from tpcore.kernels import record_backends, use_backend
 
-BACKENDS = ("reference", "cpu")
 # (dtype of x, dtype of the parameters)
 DTYPES = {
     "fp32": (torch.float32, torch.float32),
@@ -23,7 +22,12 @@ DTYPES = {
     "fp64": (torch.float64, torch.float64),
 }
 
-by_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+def by_backends(*names: str) -> pytest.MarkDecorator:
+    """Runs a test on the backends that serve its op on the CPU."""
+    return pytest.mark.parametrize("backend", names)
+
+
 by_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
 
 

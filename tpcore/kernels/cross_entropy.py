@@ -3,18 +3,19 @@
 Each shard reduces its columns to four numbers per token: the maximum m, d = sum exp(logit - m), the
 logit of the target (0 if another shard holds it) and the sum of its logits. `combine` turns them
 into the same four over all shards; with tensor parallelism that is one small collective, 16 bytes
-per token, and without it nothing. Then
+per token, and without it nothing. With ls the label smoothing and num_classes the size of the whole
+vocabulary,
 
-    lse = m + log d,    loss = lse - (1 - ls) * target_logit - ls / num_classes * sum_logits
+    loss = log d - (1 - ls) * (target_logit - m) - ls * (sum_logits / num_classes - m)
 
-where ls is the label smoothing and num_classes the size of the whole vocabulary. Backward needs no
+which is lse - (1 - ls) * target_logit - ls * mean, without the cancellation. Backward needs no
 communication:
 
-    grad_logits = grad_loss * (exp(logits - lse) - (1 - ls) * [column is the target] - ls /
-    num_classes)
+    grad_logits = grad_loss * (exp(logits - m) / d - (1 - ls) * [target] - ls / num_classes)
 
-Saved for backward: the logits and lse, not a softmax. This split of the work at the point where the
-shards meet is why kernels need not know of process groups.
+where [target] is 1 in the column of the target. Saved for backward: the logits, m and d, not a
+softmax. That the work is split where the shards meet is why kernels need not know of process
+groups.
 """
 
 from __future__ import annotations
@@ -55,13 +56,12 @@ class _CrossEntropy(torch.autograd.Function):
             if combine is not None:
                 statistics = combine(*statistics)
             maximum, sum_exp, target_logit, sum_logits = statistics
-            log_sum_exp = maximum + sum_exp.log()
-            loss = log_sum_exp - (1.0 - label_smoothing) * target_logit
+            loss = sum_exp.log() - (1.0 - label_smoothing) * (target_logit - maximum)
             if label_smoothing > 0:
-                loss = loss - label_smoothing / num_classes * sum_logits
+                loss = loss - label_smoothing * (sum_logits / num_classes - maximum)
             loss = loss.masked_fill(target == ignore_index, 0.0)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, target, log_sum_exp)
+        ctx.save_for_backward(logits, target, maximum, sum_exp)
         ctx.constants = vocab_start, num_classes, ignore_index, label_smoothing
         ctx.native = native
         return loss
@@ -71,11 +71,11 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logits = None
         if grad_loss is not None:
-            logits, target, log_sum_exp = ctx.saved_tensors
+            logits, target, maximum, sum_exp = ctx.saved_tensors
             ops = torch.ops.tpcore if ctx.native else reference
             with without_autocast(logits.device.type):
                 grad_logits = ops.cross_entropy_backward(
-                    grad_loss, logits, target, log_sum_exp, *ctx.constants
+                    grad_loss, logits, target, maximum, sum_exp, *ctx.constants
                 )
         return grad_logits, None, None, None, None, None, None, None
 

@@ -152,7 +152,8 @@ def cross_entropy_backward(
     grad_loss: Tensor,
     logits: Tensor,
     target: Tensor,
-    log_sum_exp: Tensor,
+    maximum: Tensor,
+    sum_exp: Tensor,
     vocab_start: int,
     num_classes: int,
     ignore_index: int,
@@ -161,15 +162,13 @@ def cross_entropy_backward(
     """Gradient of the logits of one shard: the formula in cross_entropy.py; 0 where ignored."""
     num_live = _live_columns(logits, vocab_start, num_classes)
     live = logits[:, :num_live].to(accumulation_dtype(logits.dtype))
-    grad = (live - log_sum_exp[:, None]).exp_()
+    grad = (live - maximum[:, None]).exp_().div_(sum_exp[:, None])
     if label_smoothing > 0:
         grad -= label_smoothing / num_classes
-    local = target - vocab_start
     if num_live > 0:
-        own = (local >= 0) & (local < num_live)
-        step = torch.where(own, label_smoothing - 1.0, 0.0).to(grad.dtype)
-        grad.scatter_add_(1, local.clamp(0, num_live - 1)[:, None], step[:, None])
-    ignored = target == ignore_index
-    grad *= torch.where(ignored, 0.0, grad_loss.to(grad.dtype))[:, None]
-    grad = grad.masked_fill_(ignored[:, None], 0.0)
+        local = target - vocab_start
+        own = ((local >= 0) & (local < num_live)).to(grad.dtype) * (label_smoothing - 1.0)
+        grad.scatter_add_(1, local.clamp(0, num_live - 1)[:, None], own[:, None])
+    grad *= grad_loss.to(grad.dtype)[:, None]
+    grad = grad.masked_fill_((target == ignore_index)[:, None], 0.0)
     return F.pad(grad.to(logits.dtype), (0, logits.shape[1] - num_live))
