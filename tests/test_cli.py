@@ -353,16 +353,18 @@ def test_traceback_on_request(capsys: pytest.CaptureFixture[str]) -> None:
 # --- several processes --------------------------------------------------------------------------
 
 
-def test_finetune_starts_its_own_ranks(folder: Path) -> None:
-    config = _yaml(folder, trainer__max_steps=2)
+@pytest.mark.parametrize(("tp_size", "dp_size"), [(2, 1), (1, 2)])
+def test_finetune_starts_its_own_ranks(tp_size: int, dp_size: int, folder: Path) -> None:
+    config = _yaml(folder, trainer__max_steps=2, model__tensor_model_parallel_size=tp_size)
     command = [*PYTHON, "finetune", config, "--nproc-per-node", "2", "model.optim.lr=1e-4"]
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 tensor-parallel x 1 data-parallel rank(s) on cpu") == 1
+    mesh = f"{tp_size} tensor-parallel x {dp_size} data-parallel rank(s) on cpu"
+    assert done.stdout.count(mesh) == 1
     assert done.stdout.count("tiny: finished") == 1
     run = folder / "runs/tiny/v"
-    for rank in range(2):
-        assert (run / f"checkpoints/mp_rank_{rank:02d}/tiny-last.ckpt").is_file()
+    ranks = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert ranks == [f"mp_rank_{rank:02d}" for rank in range(tp_size)]
     assert "lr: 0.0001" in (run / "config.yaml").read_text()
     assert main(["evaluate", str(run)]) == 0
 
