@@ -167,6 +167,16 @@ def test_a_tensor_that_claims_more_than_its_storage(tmp_path, zipped):
         load_pickle(path)
 
 
+def test_an_archive_that_claims_to_span_disks(tmp_path):
+    """zipfile raises here where it usually says no."""
+    raw = _small_file(True)
+    locator = raw.rindex(b"PK\x06\x07")
+    path = tmp_path / "x.pt"
+    path.write_bytes(raw[: locator + 16] + b"\xff" + raw[locator + 17 :])
+    with pytest.raises(CheckpointError, match=r"x\.pt: .*truncated"):
+        load_pickle(path)
+
+
 @functools.cache
 def _small_file(zipped):
     """Made once: a legacy file holds memory addresses, and hypothesis wants equal lengths."""

@@ -103,19 +103,17 @@ def load_pickle(path: Path) -> Any:
             that is not on the list.
     """
     try:
-        is_zip = zipfile.is_zipfile(path)
-        # A zip archive is recognised by its end; a legacy file may not hold its first bytes.
         with path.open("rb") as file:
-            begins_as_zip = file.read(4) == b"PK\x03\x04"
+            is_zip = file.read(4) == b"PK\x03\x04"
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from error
-    if begins_as_zip and not is_zip:
+    if is_zip and not _ends_as_zip(path):
         raise CheckpointError(f"{path}: the file is truncated; copy or download it again")
     try:
         with safe_globals(_ALLOWED), warnings.catch_warnings():
-            # An unusual protocol either loads or is an error below; torch's advice is for writers.
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=begins_as_zip)
+            # Advice for writers of pickles; what a reader needs to know is an error below.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path, str(error))) from error
     except MemoryError as error:
@@ -125,6 +123,14 @@ def load_pickle(path: Path) -> Any:
             f"{path}: not a readable torch checkpoint, truncated or damaged "
             f"({type(error).__name__}: {_first_line(error)})"
         ) from error
+
+
+def _ends_as_zip(path: Path) -> bool:
+    """Whether the directory that ends every zip archive is there."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
 
 
 def _refusal(path: Path, message: str) -> str:
