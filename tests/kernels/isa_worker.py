@@ -1,0 +1,50 @@
+"""Runs every compiled op on fixed inputs and saves what comes out; argument: the output file.
+
+A process of its own, because an instruction set is chosen once per process (TPCORE_CPU_ISA).
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from tpcore import _native, kernels
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ROWS, COLUMNS = 37, 83
+
+
+def _results() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x, residual, weight, bias, grad = (
+        draw(ROWS, COLUMNS),
+        draw(ROWS, COLUMNS),
+        draw(COLUMNS),
+        draw(COLUMNS),
+        draw(ROWS, COLUMNS),
+    )
+    seed, row_ids = torch.tensor([1234567890123]), torch.arange(ROWS) << 20
+    results = {"mask": _native.dropout_keep_mask(0.3, seed, 5, row_ids, COLUMNS, column_offset=3)}
+    calls = {
+        "layer_norm": lambda: kernels.layer_norm(*arguments[:1], *arguments[2:]),
+        "add_layer_norm": lambda: kernels.add_layer_norm(*arguments)[0],
+    }
+    for op, call in calls.items():
+        for dtype in DTYPES:
+            arguments = [t.to(dtype).requires_grad_() for t in (x, residual, weight, bias)]
+            with kernels.use_backend("cpu"):
+                y = call()
+            used = [a for a in arguments if op == "add_layer_norm" or a is not arguments[1]]
+            results[f"{op} {dtype} y"] = y.detach()
+            for number, g in enumerate(torch.autograd.grad(y, used, grad.to(y.dtype))):
+                results[f"{op} {dtype} gradient {number}"] = g
+    return results
+
+
+if __name__ == "__main__":
+    torch.save({"isa": _native.status("cpu").info["isa"], **_results()}, sys.argv[1])
