@@ -125,7 +125,9 @@ class NinjaFile:
         )
         print(result.stdout, flush=True)
         if result.returncode != 0:
-            raise UnavailableError(f"compilation failed: {result.stdout[-2000:].strip()}")
+            lines = result.stdout.strip().splitlines()
+            first = next((line for line in lines if "error" in line.lower()), lines[-1])
+            raise UnavailableError(f"compilation failed: {first.strip()}")
 
 
 def escape(path: object) -> str:
