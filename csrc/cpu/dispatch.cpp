@@ -5,16 +5,24 @@
 
 #include "tpcore/kernels.h"
 
-// The launchers of every instruction set that was compiled in.
-#define TPCORE_DECLARE_ISA(isa)                                                      \
-  namespace tpcore {                                                                 \
-  namespace isa {                                                                    \
-  void layer_norm_forward(const LayerNormForward&, ParallelFor);                     \
-  void layer_norm_backward(const LayerNormBackward&, ParallelFor);                   \
-  void dropout_mask(const DropoutMask&, ParallelFor);                                \
-  static const CpuKernels kKernels = {#isa, layer_norm_forward, layer_norm_backward, \
-                                      dropout_mask};                                 \
-  }                                                                                  \
+// The launchers of one instruction set, and their table.
+#define TPCORE_DECLARE_ISA(isa)                                                         \
+  namespace tpcore {                                                                    \
+  namespace isa {                                                                       \
+  void layer_norm_forward(const LayerNormForward&, ParallelFor);                        \
+  void layer_norm_backward(const LayerNormBackward&, ParallelFor);                      \
+  void dropout_mask(const DropoutMask&, ParallelFor);                                   \
+  void bias_dropout_residual_forward(const BiasDropoutResidualForward&, ParallelFor);   \
+  void bias_dropout_residual_backward(const BiasDropoutResidualBackward&, ParallelFor); \
+  static const CpuKernels kKernels = {                                                  \
+      #isa,                                                                             \
+      layer_norm_forward,                                                               \
+      layer_norm_backward,                                                              \
+      dropout_mask,                                                                     \
+      bias_dropout_residual_forward,                                                    \
+      bias_dropout_residual_backward,                                                   \
+  };                                                                                    \
+  }                                                                                     \
   }
 
 #if defined(__x86_64__)

@@ -27,6 +27,12 @@ TPCORE_INLINE void store_shorts(void* p, __m128i shorts, int64_t count) {
   _mm_store_si128(reinterpret_cast<__m128i*>(buffer), shorts);
   memcpy(p, buffer, static_cast<size_t>(count) * 2);
 }
+// Up to eight bytes, and zeros.
+TPCORE_INLINE __m128i load_bytes(const void* p, int64_t count) {
+  uint64_t bytes = 0;
+  memcpy(&bytes, p, static_cast<size_t>(count));
+  return _mm_cvtsi64_si128(static_cast<long long>(bytes));
+}
 
 template <>
 struct Vec<float> {
@@ -63,6 +69,14 @@ struct Vec<float> {
     store_shorts(p, narrow_float16(), lanes.count);
   }
 
+  using Mask = __m256;
+  // Lanes whose byte is not zero.
+  static TPCORE_INLINE Mask nonzero(const uint8_t* p, Full) { return nonzero(p, Partial{size}); }
+  static TPCORE_INLINE Mask nonzero(const uint8_t* p, Partial lanes) {
+    const __m256i words = _mm256_cvtepu8_epi32(load_bytes(p, lanes.count));
+    return _mm256_castsi256_ps(_mm256_cmpgt_epi32(words, _mm256_setzero_si256()));
+  }
+
   TPCORE_INLINE Vec only(Full) const { return *this; }
   TPCORE_INLINE Vec only(Partial lanes) const {
     return _mm256_and_ps(v, _mm256_castsi256_ps(first_lanes(lanes.count)));
@@ -71,6 +85,11 @@ struct Vec<float> {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+  }
+  TPCORE_INLINE float maximum() const {
+    const __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 quarter = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)));
   }
 
  private:
@@ -116,6 +135,13 @@ struct Vec<double> {
     _mm256_maskstore_pd(p, first_wide_lanes(lanes.count), v);
   }
 
+  using Mask = __m256d;
+  static TPCORE_INLINE Mask nonzero(const uint8_t* p, Full) { return nonzero(p, Partial{size}); }
+  static TPCORE_INLINE Mask nonzero(const uint8_t* p, Partial lanes) {
+    const __m256i words = _mm256_cvtepu8_epi64(load_bytes(p, lanes.count));
+    return _mm256_castsi256_pd(_mm256_cmpgt_epi64(words, _mm256_setzero_si256()));
+  }
+
   TPCORE_INLINE Vec only(Full) const { return *this; }
   TPCORE_INLINE Vec only(Partial lanes) const {
     return _mm256_and_pd(v, _mm256_castsi256_pd(first_wide_lanes(lanes.count)));
@@ -123,6 +149,10 @@ struct Vec<double> {
   TPCORE_INLINE double sum() const {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
     return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
+  }
+  TPCORE_INLINE double maximum() const {
+    const __m128d half = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+    return _mm_cvtsd_f64(_mm_max_sd(half, _mm_unpackhi_pd(half, half)));
   }
 };
 
@@ -143,6 +173,41 @@ TPCORE_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) {
 }
 TPCORE_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
   return _mm256_fmadd_pd(a.v, b.v, c.v);
+}
+
+TPCORE_INLINE Vec<float> operator/(Vec<float> a, Vec<float> b) { return _mm256_div_ps(a.v, b.v); }
+TPCORE_INLINE Vec<double> operator/(Vec<double> a, Vec<double> b) {
+  return _mm256_div_pd(a.v, b.v);
+}
+// The larger or smaller number; b where either is NaN.
+TPCORE_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a.v, b.v); }
+TPCORE_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a.v, b.v); }
+TPCORE_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return _mm256_max_pd(a.v, b.v); }
+TPCORE_INLINE __m256 less(Vec<float> a, Vec<float> b) {
+  return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ);
+}
+TPCORE_INLINE Vec<float> select(__m256 mask, Vec<float> yes, Vec<float> no) {
+  return _mm256_blendv_ps(no.v, yes.v, mask);
+}
+TPCORE_INLINE Vec<double> select(__m256d mask, Vec<double> yes, Vec<double> no) {
+  return _mm256_blendv_pd(no.v, yes.v, mask);
+}
+TPCORE_INLINE Vec<float> absolute(Vec<float> a) {
+  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v);
+}
+TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
+  return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// a * 2^n for an integral -252 <= n <= 254: in two steps, so that each power is a normal number.
+TPCORE_INLINE Vec<float> scale_by_power(Vec<float> a, Vec<float> n) {
+  const __m256i whole = _mm256_cvtps_epi32(n.v);
+  const __m256i half = _mm256_srai_epi32(whole, 1);
+  const __m256i bias = _mm256_set1_epi32(127);
+  const __m256i first = _mm256_slli_epi32(_mm256_add_epi32(half, bias), 23);
+  const __m256i second =
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23);
+  const __m256 scaled = _mm256_mul_ps(a.v, _mm256_castsi256_ps(first));
+  return _mm256_mul_ps(scaled, _mm256_castsi256_ps(second));
 }
 
 struct U64 {

@@ -54,11 +54,23 @@ struct Vec<float> {
     _mm256_mask_storeu_epi16(p, first_lanes(lanes.count), narrow_float16());
   }
 
+  using Mask = __mmask16;
+  // Lanes whose byte is not zero.
+  static TPCORE_INLINE Mask nonzero(const uint8_t* p, Full) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm_test_epi8_mask(bytes, bytes);
+  }
+  static TPCORE_INLINE Mask nonzero(const uint8_t* p, Partial lanes) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes(lanes.count), p);
+    return _mm_test_epi8_mask(bytes, bytes);
+  }
+
   TPCORE_INLINE Vec only(Full) const { return *this; }
   TPCORE_INLINE Vec only(Partial lanes) const {
     return _mm512_maskz_mov_ps(first_lanes(lanes.count), v);
   }
   TPCORE_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
+  TPCORE_INLINE float maximum() const { return _mm512_reduce_max_ps(v); }
 
  private:
   static TPCORE_INLINE __m512 widen_bfloat16(__m256i shorts) {
@@ -96,11 +108,19 @@ struct Vec<double> {
     _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first_lanes(lanes.count)), v);
   }
 
+  using Mask = __mmask8;
+  static TPCORE_INLINE Mask nonzero(const uint8_t* p, Full) { return nonzero(p, Partial{size}); }
+  static TPCORE_INLINE Mask nonzero(const uint8_t* p, Partial lanes) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(first_lanes(lanes.count), p);
+    return static_cast<Mask>(_mm_test_epi8_mask(bytes, bytes));
+  }
+
   TPCORE_INLINE Vec only(Full) const { return *this; }
   TPCORE_INLINE Vec only(Partial lanes) const {
     return _mm512_maskz_mov_pd(static_cast<__mmask8>(first_lanes(lanes.count)), v);
   }
   TPCORE_INLINE double sum() const { return _mm512_reduce_add_pd(v); }
+  TPCORE_INLINE double maximum() const { return _mm512_reduce_max_pd(v); }
 };
 
 TPCORE_INLINE Vec<float> operator+(Vec<float> a, Vec<float> b) { return _mm512_add_ps(a.v, b.v); }
@@ -120,6 +140,32 @@ TPCORE_INLINE Vec<double> operator*(Vec<double> a, Vec<double> b) {
 }
 TPCORE_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
   return _mm512_fmadd_pd(a.v, b.v, c.v);
+}
+
+TPCORE_INLINE Vec<float> operator/(Vec<float> a, Vec<float> b) { return _mm512_div_ps(a.v, b.v); }
+TPCORE_INLINE Vec<double> operator/(Vec<double> a, Vec<double> b) {
+  return _mm512_div_pd(a.v, b.v);
+}
+// The larger or smaller number; b where either is NaN.
+TPCORE_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a.v, b.v); }
+TPCORE_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) { return _mm512_min_ps(a.v, b.v); }
+TPCORE_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return _mm512_max_pd(a.v, b.v); }
+TPCORE_INLINE __mmask16 less(Vec<float> a, Vec<float> b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ);
+}
+TPCORE_INLINE Vec<float> select(__mmask16 mask, Vec<float> yes, Vec<float> no) {
+  return _mm512_mask_mov_ps(no.v, mask, yes.v);
+}
+TPCORE_INLINE Vec<double> select(__mmask8 mask, Vec<double> yes, Vec<double> no) {
+  return _mm512_mask_mov_pd(no.v, mask, yes.v);
+}
+TPCORE_INLINE Vec<float> absolute(Vec<float> a) { return _mm512_abs_ps(a.v); }
+TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
+  return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// a * 2^n for an integral n, with one rounding.
+TPCORE_INLINE Vec<float> scale_by_power(Vec<float> a, Vec<float> n) {
+  return _mm512_scalef_ps(a.v, n.v);
 }
 
 struct U64 {

@@ -15,7 +15,10 @@ namespace TPCORE_ISA {
 typedef float F32x4 __attribute__((vector_size(16)));
 typedef double F64x2 __attribute__((vector_size(16)));
 typedef uint32_t U32x4 __attribute__((vector_size(16)));
+typedef int32_t I32x4 __attribute__((vector_size(16)));
+typedef int64_t I64x2 __attribute__((vector_size(16)));
 typedef uint64_t U64x2 __attribute__((vector_size(16)));
+typedef uint8_t U8x4 __attribute__((vector_size(4)));
 typedef uint16_t U16x4 __attribute__((vector_size(8)));
 
 template <>
@@ -44,6 +47,15 @@ struct Vec<float> {
     pack(p, lanes.count);
   }
 
+  using Mask = I32x4;
+  // Lanes whose byte is not zero.
+  static TPCORE_INLINE Mask nonzero(const uint8_t* p, Full) { return nonzero(p, Partial{size}); }
+  static TPCORE_INLINE Mask nonzero(const uint8_t* p, Partial lanes) {
+    U8x4 bytes{0, 0, 0, 0};
+    memcpy(&bytes, p, static_cast<size_t>(lanes.count));
+    return __builtin_convertvector(bytes, I32x4) != 0;
+  }
+
   TPCORE_INLINE Vec only(Full) const { return *this; }
   TPCORE_INLINE Vec only(Partial lanes) const {
     Vec kept;
@@ -52,6 +64,10 @@ struct Vec<float> {
   }
 
   TPCORE_INLINE float sum() const { return (v[0] + v[1]) + (v[2] + v[3]); }
+  TPCORE_INLINE float maximum() const {
+    const float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+  }
 
  private:
   static TPCORE_INLINE Vec unpack(const float* p, int64_t count) {
@@ -103,10 +119,15 @@ struct Vec<double> {
   TPCORE_INLINE void store(double* p, Full) const { memcpy(p, &v, sizeof v); }
   TPCORE_INLINE void store(double* p, Partial) const { p[0] = v[0]; }
 
+  using Mask = I64x2;
+  static TPCORE_INLINE Mask nonzero(const uint8_t* p, Full) { return -I64x2{p[0] != 0, p[1] != 0}; }
+  static TPCORE_INLINE Mask nonzero(const uint8_t* p, Partial) { return -I64x2{p[0] != 0, 0}; }
+
   TPCORE_INLINE Vec only(Full) const { return *this; }
   TPCORE_INLINE Vec only(Partial) const { return F64x2{v[0], 0}; }
 
   TPCORE_INLINE double sum() const { return v[0] + v[1]; }
+  TPCORE_INLINE double maximum() const { return v[0] > v[1] ? v[0] : v[1]; }
 };
 
 template <class A>
@@ -135,6 +156,38 @@ TPCORE_INLINE Vec<A> multiply_add(Vec<A> a, Vec<A> b, Vec<A> c) {
   return Vec<A>(a.v * b.v + c.v);
 }
 #endif
+
+template <class A>
+TPCORE_INLINE Vec<A> operator/(Vec<A> a, Vec<A> b) {
+  return Vec<A>(a.v / b.v);
+}
+template <class A>
+TPCORE_INLINE Vec<A> select(typename Vec<A>::Mask mask, Vec<A> yes, Vec<A> no) {
+  return Vec<A>(mask ? yes.v : no.v);
+}
+// The larger or smaller number; b where either is NaN.
+template <class A>
+TPCORE_INLINE Vec<A> larger(Vec<A> a, Vec<A> b) {
+  return Vec<A>(a.v > b.v ? a.v : b.v);
+}
+template <class A>
+TPCORE_INLINE Vec<A> smaller(Vec<A> a, Vec<A> b) {
+  return Vec<A>(a.v < b.v ? a.v : b.v);
+}
+TPCORE_INLINE I32x4 less(Vec<float> a, Vec<float> b) { return a.v < b.v; }
+TPCORE_INLINE Vec<float> absolute(Vec<float> a) { return (F32x4)((U32x4)a.v & 0x7fffffffu); }
+// Adding 1.5 * 2^23 leaves no bits for a fraction; right for |a| < 2^22.
+TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
+  const F32x4 magic = Vec<float>(12582912.0f).v;
+  return (a.v + magic) - magic;
+}
+// a * 2^n for an integral -252 <= n <= 254: in two steps, so that each power is a normal number.
+TPCORE_INLINE Vec<float> scale_by_power(Vec<float> a, Vec<float> n) {
+  const I32x4 whole = __builtin_convertvector(n.v, I32x4);
+  const I32x4 half = whole >> 1;
+  const I32x4 first = (half + 127) << 23, second = (whole - half + 127) << 23;
+  return a.v * (F32x4)first * (F32x4)second;
+}
 
 struct U64 {
   static constexpr int64_t size = 2;

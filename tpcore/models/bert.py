@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,7 +157,7 @@ class Embeddings(nn.Module):
             tp=tp,
             padded_num_embeddings=config.padded_vocab_size
             or padded_vocab_size_for(config.vocab_size, tp.size),
-            init_method=lambda weight: nn.init.normal_(weight, std=std),
+            init_method=partial(nn.init.normal_, std=std),
             device=device,
             dtype=dtype,
         )

@@ -81,6 +81,31 @@ static inline int64_t partial_sums(int64_t rows) {
   return (rows + each - 1) / each;
 }
 
+// y = keep * (x + bias) * scale + residual, with scale = 1 / (1 - p); without a key y = x + bias +
+// residual
+struct BiasDropoutResidualForward {
+  int64_t rows, columns;
+  DType dtype, parameter_dtype;
+  Matrix x;               // T [rows, columns]
+  const void* bias;       // P [columns] or null
+  Matrix residual;        // T [rows, columns] or null
+  const DropoutKey* key;  // row_ids [rows]; null without dropout
+  double scale;
+  void* y;  // T [rows, columns] contiguous
+};
+
+// grad_x = keep * grad_y * scale,  grad_bias = sum over rows of it, before it is rounded to T
+struct BiasDropoutResidualBackward {
+  int64_t rows, columns;
+  DType dtype;
+  Matrix grad_y;          // T [rows, columns]
+  const DropoutKey* key;  // row_ids [rows]; null without dropout
+  double scale;
+  void* grad_x;     // T [rows, columns] contiguous, or null
+  void* grad_bias;  // A [columns] or null
+  void* partials;   // A [partial_sums(rows), columns]; null without grad_bias
+};
+
 // keep[b, n, q, c] = word >= threshold
 struct DropoutMask {
   int64_t batch, heads, queries, columns;
@@ -94,6 +119,8 @@ struct CpuKernels {
   void (*layer_norm_forward)(const LayerNormForward&, ParallelFor);
   void (*layer_norm_backward)(const LayerNormBackward&, ParallelFor);
   void (*dropout_mask)(const DropoutMask&, ParallelFor);
+  void (*bias_dropout_residual_forward)(const BiasDropoutResidualForward&, ParallelFor);
+  void (*bias_dropout_residual_backward)(const BiasDropoutResidualBackward&, ParallelFor);
 };
 
 // The best table this machine can run, or the one that the environment variable TPCORE_CPU_ISA
