@@ -3,9 +3,10 @@ PYTHON ?= python3
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 DEMO   := runs/demo
+GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all check format bench gpu gpu-quick abi dist clean
+.PHONY: help venv demo test test-all check format bench gpu clean
 
 help:      ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +44,12 @@ format: venv   ## rewrite the sources the way `check` wants them
 
 bench: venv   ## kernel benchmarks on this machine, into benchmarks/results/
 	$(BIN)/python benchmarks/run.py
+
+gpu:   ## on a CUDA machine, with its own torch (GPU_PYTHON, default python3): tests, then benchmarks
+	$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch sees no CUDA device")'
+	$(GPU_PYTHON) setup.py build_ext --inplace
+	OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest tests/kernels tests/test_native.py
+	$(GPU_PYTHON) benchmarks/run.py
 
 clean:   ## remove everything that was built or run, .venv included
 	rm -rf .venv build dist runs *.egg-info tpcore/*.so tpcore/_build.json .benchmarks
