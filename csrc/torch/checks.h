@@ -127,4 +127,27 @@ inline DropoutKey dropout_key(const Tensor& seed, const Tensor& row_ids, int64_t
   return key;
 }
 
+// The optional dropout of an op: the key of p > 0, or none.
+class Dropout {
+ public:
+  Dropout(double p, const std::optional<Tensor>& seed, int64_t stream,
+          const std::optional<Tensor>& row_ids, int64_t rows, int64_t column_offset,
+          int64_t head_offset)
+      : scale_(1.0 / (1.0 - p)) {
+    if (p == 0.0) return;
+    STD_TORCH_CHECK(seed.has_value() && row_ids.has_value(), "dropout with p=", p,
+                    " needs seed and row_ids");
+    row_ids_ = torch::stable::contiguous(*row_ids);
+    key_ = dropout_key(*seed, *row_ids_, rows, p, stream, column_offset, head_offset);
+  }
+
+  const DropoutKey* key() const { return row_ids_.has_value() ? &key_ : nullptr; }
+  double scale() const { return scale_; }
+
+ private:
+  double scale_;
+  std::optional<Tensor> row_ids_;  // keeps the memory alive that key_ points to
+  DropoutKey key_;
+};
+
 }  // namespace tpcore

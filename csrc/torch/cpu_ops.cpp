@@ -101,6 +101,56 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, con
   return {grad_x, grad_weight, grad_bias};
 }
 
+Tensor bias_dropout_residual_forward(const Tensor& x, const OptionalTensor& bias,
+                                     const OptionalTensor& residual, double p,
+                                     const OptionalTensor& seed, int64_t stream,
+                                     const OptionalTensor& row_ids, int64_t column_offset) {
+  STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_string(x), "; expected two dimensions");
+  const int64_t rows = x.size(0), columns = x.size(1);
+  const ScalarType type = x.scalar_type();
+  const ScalarType parameter = parameter_type(x, bias, std::nullopt);
+  const Dropout dropout(p, seed, stream, row_ids, rows, column_offset, 0);
+  Tensor y = new_empty(x, {rows, columns});
+  BiasDropoutResidualForward args;
+  args.rows = rows;
+  args.columns = columns;
+  args.dtype = dtype_of(x, "x");
+  args.parameter_dtype = parameter == type ? args.dtype : DType::kFloat32;
+  args.x = matrix_of(x, "x", rows, columns, type);
+  args.bias = vector_of(bias, "bias", columns, parameter);
+  args.residual = matrix_of(residual, "residual", rows, columns, type);
+  args.key = dropout.key();
+  args.scale = dropout.scale();
+  args.y = y.mutable_data_ptr();
+  kernels().bias_dropout_residual_forward(args, parallel_for);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> bias_dropout_residual_backward(
+    const Tensor& grad_y, double p, const OptionalTensor& seed, int64_t stream,
+    const OptionalTensor& row_ids, int64_t column_offset, bool need_grad_x, bool need_grad_bias) {
+  STD_TORCH_CHECK(grad_y.dim() == 2, "grad_y has shape ", shape_string(grad_y),
+                  "; expected two dimensions");
+  const int64_t rows = grad_y.size(0), columns = grad_y.size(1);
+  const ScalarType sums = accumulation_type(grad_y);
+  const Dropout dropout(p, seed, stream, row_ids, rows, column_offset, 0);
+  Tensor grad_x = need_grad_x ? new_empty(grad_y, {rows, columns}) : new_empty(grad_y, {0});
+  Tensor grad_bias = new_empty(grad_y, {need_grad_bias ? columns : 0}, sums);
+  Tensor partials = new_empty(grad_y, {need_grad_bias ? partial_sums(rows) : 0, columns}, sums);
+  BiasDropoutResidualBackward args;
+  args.rows = rows;
+  args.columns = columns;
+  args.dtype = dtype_of(grad_y, "grad_y");
+  args.grad_y = matrix_of(grad_y, "grad_y", rows, columns, grad_y.scalar_type());
+  args.key = dropout.key();
+  args.scale = dropout.scale();
+  args.grad_x = need_grad_x ? grad_x.mutable_data_ptr() : nullptr;
+  args.grad_bias = need_grad_bias ? grad_bias.mutable_data_ptr() : nullptr;
+  args.partials = partials.mutable_data_ptr();
+  kernels().bias_dropout_residual_backward(args, parallel_for);
+  return {grad_x, grad_bias};
+}
+
 Tensor dropout_keep_mask(const Tensor& seed, const Tensor& row_ids, double p, int64_t stream,
                          int64_t num_columns, int64_t column_offset, int64_t head_offset,
                          int64_t num_heads) {
@@ -123,8 +173,15 @@ Tensor dropout_keep_mask(const Tensor& seed, const Tensor& row_ids, double p, in
 }  // namespace
 
 // Everything this library serves: registered below, and reported to Python from the same list.
-#define TPCORE_CPU_OPS(op) \
-  op(layer_norm_forward) op(add_layer_norm_forward) op(layer_norm_backward) op(dropout_keep_mask)
+// clang-format off
+#define TPCORE_CPU_OPS(op)           \
+  op(layer_norm_forward)             \
+  op(add_layer_norm_forward)         \
+  op(layer_norm_backward)            \
+  op(bias_dropout_residual_forward)  \
+  op(bias_dropout_residual_backward) \
+  op(dropout_keep_mask)
+// clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(tpcore, CPU, m) {
 #define TPCORE_REGISTER(name) m.impl(#name, TORCH_BOX(&name));

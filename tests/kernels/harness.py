@@ -108,6 +108,22 @@ def assert_grad_not_modified(function: Callable, *inputs: Tensor | None) -> None
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def assert_same_bits_for_any_threads(function: Callable, *inputs: Tensor | None) -> None:
+    """Forward and every gradient are equal bit for bit on one, two and three threads."""
+    before, results, grad = torch.get_num_threads(), [], None
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            arguments = leaves(*inputs)
+            y = function(*arguments)
+            grad = torch.randn_like(y) if grad is None else grad
+            results.append([y, *gradients(y, arguments, grad)])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
 def compiled(function: Callable) -> Callable:
     """The function as one graph with symbolic shapes."""
     torch._dynamo.reset()

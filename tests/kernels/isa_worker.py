@@ -30,19 +30,22 @@ def _results() -> dict[str, torch.Tensor]:
     )
     seed, row_ids = torch.tensor([1234567890123]), torch.arange(ROWS) << 20
     results = {"mask": _native.dropout_keep_mask(0.3, seed, 5, row_ids, COLUMNS, column_offset=3)}
+    key = {"p": 0.2, "seed": seed, "stream": 9, "row_ids": row_ids}
     calls = {
-        "layer_norm": lambda: kernels.layer_norm(*arguments[:1], *arguments[2:]),
-        "add_layer_norm": lambda: kernels.add_layer_norm(*arguments)[0],
+        "layer_norm": lambda x, r, w, b: kernels.layer_norm(x, w, b),
+        "add_layer_norm": lambda x, r, w, b: kernels.add_layer_norm(x, r, w, b)[0],
+        "bias_dropout_residual": lambda x, r, w, b: kernels.bias_dropout_residual(x, b, r, **key),
     }
     for op, call in calls.items():
         for dtype in DTYPES:
             arguments = [t.to(dtype).requires_grad_() for t in (x, residual, weight, bias)]
             with kernels.use_backend("cpu"):
-                y = call()
-            used = [a for a in arguments if op == "add_layer_norm" or a is not arguments[1]]
+                y = call(*arguments)
             results[f"{op} {dtype} y"] = y.detach()
-            for number, g in enumerate(torch.autograd.grad(y, used, grad.to(y.dtype))):
-                results[f"{op} {dtype} gradient {number}"] = g
+            grads = torch.autograd.grad(y, arguments, grad.to(y.dtype), allow_unused=True)
+            for number, g in enumerate(grads):
+                if g is not None:
+                    results[f"{op} {dtype} gradient {number}"] = g
     return results
 
 

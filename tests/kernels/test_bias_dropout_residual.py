@@ -5,6 +5,7 @@ import torch
 
 from tests.kernels.harness import (
     assert_grad_not_modified,
+    assert_same_bits_for_any_threads,
     by_backends,
     by_dtype,
     compare,
@@ -16,7 +17,7 @@ from tests.kernels.harness import (
 from tpcore._native import philox_keep_mask
 from tpcore.kernels import bias_dropout_residual, record_backends, use_backend
 
-by_backend = by_backends("reference")
+by_backend = by_backends("reference", "cpu")
 OP = "bias_dropout_residual"
 SEED = torch.tensor([0x1234_5678_9ABC_DEF])
 
@@ -199,6 +200,39 @@ def test_autocast_changes_nothing(backend):
         inside = run(OP, backend, bias_dropout_residual, x, bias, residual)
     assert inside.dtype == torch.bfloat16
     assert torch.equal(inside, outside)
+
+
+def test_frozen_inputs_cost_nothing():
+    require("cpu")
+    backward = torch.ops.tpcore.bias_dropout_residual_backward
+    for needs in ((True, False), (False, True)):
+        grads = backward(torch.randn(40, 8), 0.5, SEED, 0, _row_ids(40), 0, *needs)
+        assert [g.numel() > 0 for g in grads] == list(needs)
+
+
+def test_bits_do_not_depend_on_threads():
+    require("cpu")
+    inputs = _inputs((333, 200), (torch.float32, torch.float32))
+    key = {"p": 0.1, "seed": SEED, "row_ids": _row_ids(333)}
+    assert_same_bits_for_any_threads(
+        lambda *a: run(OP, "cpu", bias_dropout_residual, *a, **key), *inputs
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 50])
+def test_opcheck(dtype, rows):
+    require("cpu")
+    ops = torch.ops.tpcore
+    x, bias, residual = _inputs((rows, 19), (dtype, torch.float32))
+    strided = torch.randn(rows, 40)[:, 4:23].to(dtype)
+    key = (0.3, SEED, 7, _row_ids(rows), 5)
+    no_key = (0.0, None, 0, None, 0)
+    torch.library.opcheck(ops.bias_dropout_residual_forward, (x, bias, residual, *key))
+    torch.library.opcheck(ops.bias_dropout_residual_forward, (strided, None, None, *key))
+    torch.library.opcheck(ops.bias_dropout_residual_forward, (x, bias, strided, *no_key))
+    torch.library.opcheck(ops.bias_dropout_residual_backward, (strided, *key, True, True))
+    torch.library.opcheck(ops.bias_dropout_residual_backward, (x, *no_key, False, True))
 
 
 def test_errors_name_the_argument():

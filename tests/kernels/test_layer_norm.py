@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from tests.kernels.harness import (
     assert_grad_not_modified,
+    assert_same_bits_for_any_threads,
     by_backends,
     by_dtype,
     compare,
@@ -230,19 +231,7 @@ def test_result_may_be_modified_in_place():
 def test_bits_do_not_depend_on_threads():
     require("cpu")
     inputs = _inputs((333, 200), (torch.float32, torch.float32))
-    grad = torch.randn(333, 200)
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            arguments = leaves(*inputs)
-            y = run("layer_norm", "cpu", layer_norm, *arguments)
-            results.append([y, *torch.autograd.grad(y, arguments, grad)])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_bits_for_any_threads(lambda *a: run("layer_norm", "cpu", layer_norm, *a), *inputs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

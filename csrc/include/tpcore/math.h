@@ -17,8 +17,7 @@
 
 namespace tpcore {
 
-// --- Bits
-// -----------------------------------------------------------------------------------------
+// --- Bits ---
 
 TPCORE_FUNCTION uint32_t float_bits(float value) {
   uint32_t bits;
@@ -76,9 +75,8 @@ TPCORE_FUNCTION float float_from_float16(uint16_t bits) {
   return float_from_bits(sign | ((magnitude << 13) + 0x38000000u));
 }
 
-// --- Philox4x32-10
-// -------------------------------------------------------------------------------- Salmon, Moraes,
-// Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+// --- Philox4x32-10 ---
+// Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u;
 constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57u;
