@@ -242,14 +242,15 @@ class BuildNative(build_ext):
         self.record: dict[str, dict] = {
             "cuda": {"built": False, "reason": "no CUDA sources in this version"}
         }
-        super().run()
-        destinations = [Path(self.build_lib)]
+        # setuptools builds elsewhere first, even where the libraries end up beside the sources.
+        self.packages = [Path(self.build_lib, "tpcore")]
         if self.inplace or self.editable_mode:
-            destinations.append(ROOT)
-        for destination in destinations:
-            path = destination / "tpcore" / "_build.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(self.record, indent=2) + "\n", encoding="utf-8")
+            self.packages.append(ROOT / "tpcore")
+        super().run()
+        for package in self.packages:
+            package.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(self.record, indent=2) + "\n"
+            (package / "_build.json").write_text(text, encoding="utf-8")
 
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rsplit("_C_", 1)[1]
@@ -263,8 +264,8 @@ class BuildNative(build_ext):
             facts = BUILDERS[name](output, build_dir)
         except UnavailableError as reason:
             # A library of an earlier build must not stay behind and be taken for this one's.
-            for stale in (output, ROOT / "tpcore" / output.name):
-                stale.unlink(missing_ok=True)
+            for package in self.packages:
+                (package / output.name).unlink(missing_ok=True)
             self.record[name] = {"built": False, "reason": str(reason)}
             if knob(name) == "1":
                 raise SystemExit(f"tpcore: cannot build the {name} library: {reason}") from reason

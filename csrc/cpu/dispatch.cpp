@@ -2,6 +2,7 @@
 // Chooses the instruction set, once.
 #include <cstdlib>
 #include <cstring>
+#include <new>
 
 #include "tpcore/kernels.h"
 
@@ -14,6 +15,8 @@
   void dropout_mask(const DropoutMask&, ParallelFor);                                   \
   void bias_dropout_residual_forward(const BiasDropoutResidualForward&, ParallelFor);   \
   void bias_dropout_residual_backward(const BiasDropoutResidualBackward&, ParallelFor); \
+  void masked_softmax_forward(const MaskedSoftmaxForward&, ParallelFor);                \
+  void masked_softmax_backward(const MaskedSoftmaxBackward&, ParallelFor);              \
   static const CpuKernels kKernels = {                                                  \
       #isa,                                                                             \
       layer_norm_forward,                                                               \
@@ -21,6 +24,8 @@
       dropout_mask,                                                                     \
       bias_dropout_residual_forward,                                                    \
       bias_dropout_residual_backward,                                                   \
+      masked_softmax_forward,                                                           \
+      masked_softmax_backward,                                                          \
   };                                                                                    \
   }                                                                                     \
   }
@@ -92,5 +97,6 @@ const Choice& choice() {
 
 const CpuKernels* cpu_kernels() { return choice().kernels; }
 const char* cpu_kernels_error() { return choice().error; }
+void out_of_memory() { throw std::bad_alloc(); }
 
 }  // namespace tpcore

@@ -34,7 +34,7 @@ void row_statistics(const T* x, int64_t columns, double eps, Acc<T>* mean, Acc<T
   const V centre(*mean);
   V squares[4];
   for_each_vector<V>(columns, [&](int64_t i, int slot, auto lanes) TPCORE_INLINE_LAMBDA {
-    const V difference = (V::load(x + i, lanes) - centre).only(lanes);
+    const V difference = only(V::load(x + i, lanes) - centre, lanes);
     squares[slot] = multiply_add(difference, difference, squares[slot]);
   });
   const A square_sum = ((squares[0] + squares[1]) + (squares[2] + squares[3])).sum();

@@ -65,6 +65,15 @@ struct Accumulation<double> {
 namespace tpcore {
 namespace TPCORE_ISA {
 
+template <class A>
+TPCORE_INLINE Vec<A> only(Vec<A> value, Full, Vec<A> = Vec<A>()) {
+  return value;
+}
+template <class A>
+TPCORE_INLINE Vec<A> only(Vec<A> value, Partial lanes, Vec<A> other = Vec<A>()) {
+  return select(Vec<A>::first(lanes), value, other);
+}
+
 // Calls function(i, slot, lanes) for the vectors that cover [0, n): i is the first element, slot
 // cycles through 0..3 so that four independent accumulators can hide the latency of an addition,
 // lanes is Full{} or, at the end, Partial{n}.

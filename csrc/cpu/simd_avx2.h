@@ -77,9 +77,8 @@ struct Vec<float> {
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(words, _mm256_setzero_si256()));
   }
 
-  TPCORE_INLINE Vec only(Full) const { return *this; }
-  TPCORE_INLINE Vec only(Partial lanes) const {
-    return _mm256_and_ps(v, _mm256_castsi256_ps(first_lanes(lanes.count)));
+  static TPCORE_INLINE Mask first(Partial lanes) {
+    return _mm256_castsi256_ps(first_lanes(lanes.count));
   }
   TPCORE_INLINE float sum() const {
     const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -142,9 +141,8 @@ struct Vec<double> {
     return _mm256_castsi256_pd(_mm256_cmpgt_epi64(words, _mm256_setzero_si256()));
   }
 
-  TPCORE_INLINE Vec only(Full) const { return *this; }
-  TPCORE_INLINE Vec only(Partial lanes) const {
-    return _mm256_and_pd(v, _mm256_castsi256_pd(first_wide_lanes(lanes.count)));
+  static TPCORE_INLINE Mask first(Partial lanes) {
+    return _mm256_castsi256_pd(first_wide_lanes(lanes.count));
   }
   TPCORE_INLINE double sum() const {
     const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));

@@ -65,10 +65,7 @@ struct Vec<float> {
     return _mm_test_epi8_mask(bytes, bytes);
   }
 
-  TPCORE_INLINE Vec only(Full) const { return *this; }
-  TPCORE_INLINE Vec only(Partial lanes) const {
-    return _mm512_maskz_mov_ps(first_lanes(lanes.count), v);
-  }
+  static TPCORE_INLINE Mask first(Partial lanes) { return first_lanes(lanes.count); }
   TPCORE_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
   TPCORE_INLINE float maximum() const { return _mm512_reduce_max_ps(v); }
 
@@ -115,9 +112,8 @@ struct Vec<double> {
     return static_cast<Mask>(_mm_test_epi8_mask(bytes, bytes));
   }
 
-  TPCORE_INLINE Vec only(Full) const { return *this; }
-  TPCORE_INLINE Vec only(Partial lanes) const {
-    return _mm512_maskz_mov_pd(static_cast<__mmask8>(first_lanes(lanes.count)), v);
+  static TPCORE_INLINE Mask first(Partial lanes) {
+    return static_cast<Mask>(first_lanes(lanes.count));
   }
   TPCORE_INLINE double sum() const { return _mm512_reduce_add_pd(v); }
   TPCORE_INLINE double maximum() const { return _mm512_reduce_max_pd(v); }

@@ -56,11 +56,9 @@ struct Vec<float> {
     return __builtin_convertvector(bytes, I32x4) != 0;
   }
 
-  TPCORE_INLINE Vec only(Full) const { return *this; }
-  TPCORE_INLINE Vec only(Partial lanes) const {
-    Vec kept;
-    for (int64_t i = 0; i < lanes.count; ++i) kept.v[i] = v[i];
-    return kept;
+  static TPCORE_INLINE Mask first(Partial lanes) {
+    const int32_t count = static_cast<int32_t>(lanes.count);
+    return I32x4{0, 1, 2, 3} < I32x4{count, count, count, count};
   }
 
   TPCORE_INLINE float sum() const { return (v[0] + v[1]) + (v[2] + v[3]); }
@@ -123,8 +121,7 @@ struct Vec<double> {
   static TPCORE_INLINE Mask nonzero(const uint8_t* p, Full) { return -I64x2{p[0] != 0, p[1] != 0}; }
   static TPCORE_INLINE Mask nonzero(const uint8_t* p, Partial) { return -I64x2{p[0] != 0, 0}; }
 
-  TPCORE_INLINE Vec only(Full) const { return *this; }
-  TPCORE_INLINE Vec only(Partial) const { return F64x2{v[0], 0}; }
+  static TPCORE_INLINE Mask first(Partial) { return I64x2{-1, 0}; }
 
   TPCORE_INLINE double sum() const { return v[0] + v[1]; }
   TPCORE_INLINE double maximum() const { return v[0] > v[1] ? v[0] : v[1]; }

@@ -66,6 +66,24 @@ inline Matrix matrix_of(const std::optional<Tensor>& tensor, const char* name, i
   return tensor.has_value() ? matrix_of(*tensor, name, rows, columns, type) : Matrix{};
 }
 
+// The data and the strides of a [batch, heads, queries, keys] tensor of the shape and dtype of
+// `model`, whose keys are contiguous.
+inline const void* scores_of(const Tensor& tensor, const char* name, const Tensor& model,
+                             int64_t strides[3]) {
+  STD_TORCH_CHECK(tensor.dim() == 4, name, " has shape ", shape_string(tensor),
+                  "; expected four dimensions");
+  for (int64_t i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(tensor.size(i) == model.size(i), name, " has shape ", shape_string(tensor),
+                    "; expected ", shape_string(model));
+    if (i < 3) strides[i] = tensor.stride(i);
+  }
+  STD_TORCH_CHECK(tensor.scalar_type() == model.scalar_type(), name, " has an unexpected dtype");
+  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU");
+  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(3) == 1 || tensor.stride(3) == 1, name,
+                  " has keys that are not contiguous; its last stride is ", tensor.stride(3));
+  return tensor.const_data_ptr();
+}
+
 // The data of a contiguous vector of `size` elements.
 inline const void* vector_of(const Tensor& tensor, const char* name, int64_t size,
                              ScalarType type) {

@@ -151,6 +151,81 @@ std::tuple<Tensor, Tensor> bias_dropout_residual_backward(
   return {grad_x, grad_bias};
 }
 
+// The strides of a mask along the dimensions of scores: 0 where it is broadcast.
+void broadcast_strides(const Tensor& mask, const Tensor& scores, int64_t strides[4]) {
+  STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Bool,
+                  "mask is not a bool tensor on the CPU");
+  const int64_t missing = 4 - mask.dim();
+  STD_TORCH_CHECK(missing >= 0, "mask has shape ", shape_string(mask),
+                  "; expected at most four dimensions");
+  for (int64_t i = 0; i < 4; ++i) {
+    strides[i] = 0;
+    if (i < missing || mask.size(i - missing) == 1) continue;
+    STD_TORCH_CHECK(mask.size(i - missing) == scores.size(i), "mask of shape ", shape_string(mask),
+                    " does not broadcast to scores ", shape_string(scores));
+    strides[i] = mask.stride(i - missing);
+  }
+}
+
+std::tuple<Tensor, Tensor> masked_softmax_forward(const Tensor& scores, const OptionalTensor& mask,
+                                                  double scale, bool causal, double dropout_p,
+                                                  const OptionalTensor& seed, int64_t stream,
+                                                  const OptionalTensor& row_ids,
+                                                  int64_t head_offset) {
+  MaskedSoftmaxForward args;
+  args.scores = scores_of(scores, "scores", scores, args.scores_strides);
+  args.batch = scores.size(0);
+  args.heads = scores.size(1);
+  args.queries = scores.size(2);
+  args.keys = scores.size(3);
+  args.dtype = dtype_of(scores, "scores");
+  Tensor dense_mask;
+  args.mask = nullptr;
+  if (mask.has_value()) {
+    dense_mask = *mask;
+    broadcast_strides(dense_mask, scores, args.mask_strides);
+    if (args.mask_strides[3] > 1) {
+      dense_mask = torch::stable::contiguous(dense_mask);
+      broadcast_strides(dense_mask, scores, args.mask_strides);
+    }
+    args.mask = static_cast<const uint8_t*>(dense_mask.const_data_ptr());
+  }
+  args.scale = scale;
+  args.causal = causal;
+  const int64_t tokens = args.batch * args.queries;
+  const Dropout dropout(dropout_p, seed, stream, row_ids, tokens, 0, head_offset);
+  args.key = dropout.key();
+  args.dropout_scale = dropout.scale();
+  Tensor y = new_empty(scores, {args.batch, args.heads, args.queries, args.keys});
+  Tensor probs = args.key ? torch::stable::empty_like(y) : new_empty(scores, {0});
+  args.y = y.mutable_data_ptr();
+  args.probs = args.key ? probs.mutable_data_ptr() : nullptr;
+  kernels().masked_softmax_forward(args, parallel_for);
+  return {y, probs};
+}
+
+Tensor masked_softmax_backward(const Tensor& grad_y, const Tensor& probs, double scale,
+                               double dropout_p, const OptionalTensor& seed, int64_t stream,
+                               const OptionalTensor& row_ids, int64_t head_offset) {
+  MaskedSoftmaxBackward args;
+  args.probs = scores_of(probs, "probs", probs, args.probs_strides);
+  args.grad_y = scores_of(grad_y, "grad_y", probs, args.grad_y_strides);
+  args.batch = probs.size(0);
+  args.heads = probs.size(1);
+  args.queries = probs.size(2);
+  args.keys = probs.size(3);
+  args.dtype = dtype_of(probs, "probs");
+  args.scale = scale;
+  const int64_t tokens = args.batch * args.queries;
+  const Dropout dropout(dropout_p, seed, stream, row_ids, tokens, 0, head_offset);
+  args.key = dropout.key();
+  args.dropout_scale = dropout.scale();
+  Tensor grad_scores = new_empty(probs, {args.batch, args.heads, args.queries, args.keys});
+  args.grad_scores = grad_scores.mutable_data_ptr();
+  kernels().masked_softmax_backward(args, parallel_for);
+  return grad_scores;
+}
+
 Tensor dropout_keep_mask(const Tensor& seed, const Tensor& row_ids, double p, int64_t stream,
                          int64_t num_columns, int64_t column_offset, int64_t head_offset,
                          int64_t num_heads) {
@@ -180,6 +255,8 @@ Tensor dropout_keep_mask(const Tensor& seed, const Tensor& row_ids, double p, in
   op(layer_norm_backward)            \
   op(bias_dropout_residual_forward)  \
   op(bias_dropout_residual_backward) \
+  op(masked_softmax_forward)         \
+  op(masked_softmax_backward)        \
   op(dropout_keep_mask)
 // clang-format on
 

@@ -36,6 +36,19 @@ def _results() -> dict[str, torch.Tensor]:
         "add_layer_norm": lambda x, r, w, b: kernels.add_layer_norm(x, r, w, b)[0],
         "bias_dropout_residual": lambda x, r, w, b: kernels.bias_dropout_residual(x, b, r, **key),
     }
+    mask = (draw(COLUMNS) > 0.5)[None]
+
+    def masked_softmax(x, r, w, b):
+        return kernels.masked_softmax(
+            x[None, None] + r[None, None],
+            mask,
+            2.0,
+            dropout_p=0.2,
+            seed=seed,
+            row_ids=row_ids[None],
+        )[0, 0]
+
+    calls["masked_softmax"] = masked_softmax
     for op, call in calls.items():
         for dtype in DTYPES:
             arguments = [t.to(dtype).requires_grad_() for t in (x, residual, weight, bias)]

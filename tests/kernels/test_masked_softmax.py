@@ -5,6 +5,7 @@ import torch
 
 from tests.kernels.harness import (
     assert_grad_not_modified,
+    assert_same_bits_for_any_threads,
     by_backends,
     compare,
     compiled,
@@ -15,7 +16,7 @@ from tests.kernels.harness import (
 from tpcore._native import philox_keep_mask
 from tpcore.kernels import masked_softmax, record_backends, use_backend
 
-by_backend = by_backends("reference")
+by_backend = by_backends("reference", "cpu")
 by_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
 )
@@ -233,6 +234,31 @@ def test_autocast_changes_nothing(backend):
         inside = run(OP, backend, masked_softmax, scores)
     assert inside.dtype == torch.bfloat16
     assert torch.equal(inside, outside)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_bits_do_not_depend_on_threads(p):
+    require("cpu")
+    key = {"dropout_p": p, "seed": SEED, "row_ids": _row_ids(3, 50)}
+    mask = _mask(3, 1, 1, 70)
+    assert_same_bits_for_any_threads(
+        lambda s: run(OP, "cpu", masked_softmax, s, mask, **key), torch.randn(3, 4, 50, 70)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [0, 1, 6])
+def test_opcheck(dtype, queries):
+    require("cpu")
+    ops, p = torch.ops.tpcore, 0.3
+    scores = torch.randn(2, 3, queries, 19).to(dtype)
+    strided = torch.randn(2, queries, 3, 40)[..., 4:23].to(dtype).transpose(1, 2)
+    key, no_key = (SEED, 7, _row_ids(2, queries), 5), (None, 0, None, 0)
+    mask = _mask(2, 1, 1, 19)
+    torch.library.opcheck(ops.masked_softmax_forward, (scores, mask, 0.5, False, p, *key))
+    torch.library.opcheck(ops.masked_softmax_forward, (strided, None, 0.5, True, 0.0, *no_key))
+    torch.library.opcheck(ops.masked_softmax_backward, (strided, scores, 0.5, p, *key))
+    torch.library.opcheck(ops.masked_softmax_backward, (scores, strided, 0.5, 0.0, *no_key))
 
 
 def test_errors_name_the_argument():

@@ -23,6 +23,7 @@ from tpcore._native import check_dropout_key
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
 from tpcore.kernels.backend import choose
+from tpcore.kernels.rows import with_dense_rows
 
 
 class _MaskedSoftmax(torch.autograd.Function):
@@ -40,7 +41,15 @@ class _MaskedSoftmax(torch.autograd.Function):
         head_offset: int,
     ) -> Tensor:
         y, probs = torch.ops.tpcore.masked_softmax_forward(
-            scores, mask, scale, causal, dropout_p, seed, stream, row_ids, head_offset
+            with_dense_rows(scores),
+            mask,
+            scale,
+            causal,
+            dropout_p,
+            seed,
+            stream,
+            row_ids,
+            head_offset,
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(probs if dropout_p > 0 else y, seed, row_ids)
@@ -55,7 +64,14 @@ class _MaskedSoftmax(torch.autograd.Function):
             probs, seed, row_ids = ctx.saved_tensors
             scale, dropout_p, stream, head_offset = ctx.constants
             grad_scores = torch.ops.tpcore.masked_softmax_backward(
-                grad_y, probs, scale, dropout_p, seed, stream, row_ids, head_offset
+                with_dense_rows(grad_y),
+                probs,
+                scale,
+                dropout_p,
+                seed,
+                stream,
+                row_ids,
+                head_offset,
             )
         return grad_scores, None, None, None, None, None, None, None, None
 

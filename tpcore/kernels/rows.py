@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 
+def with_dense_rows(x: Tensor) -> Tensor:
+    """X itself if its last dimension is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
 def as_rows(x: Tensor, num_columns: int) -> Tensor:
     """[rows, num_columns] with contiguous columns; a view of x unless its strides forbid it."""
     if x.dim() != 2 or x.shape[1] != num_columns:
         x = x.reshape(x.numel() // num_columns, num_columns)
-    return x if x.stride(1) == 1 or num_columns == 1 else x.contiguous()
+    return with_dense_rows(x)
 
 
 def as_vector(parameter: Tensor | None) -> Tensor | None:

@@ -106,6 +106,37 @@ struct BiasDropoutResidualBackward {
   void* partials;   // A [partial_sums(rows), columns]; null without grad_bias
 };
 
+// p = softmax(scale * scores) over the keys that are neither masked nor, under causal, after the
+// query; the last query sees the last key. y = keep * p * dropout_scale; zeros if no key is left.
+struct MaskedSoftmaxForward {
+  int64_t batch, heads, queries, keys;
+  DType dtype;
+  const void* scores;  // T [batch, heads, queries, keys], keys contiguous
+  int64_t scores_strides[3];
+  const uint8_t* mask;      // bool, nonzero = masked, or null
+  int64_t mask_strides[4];  // 0 where broadcast; the last one 0 or 1
+  double scale;
+  bool causal;
+  const DropoutKey* key;  // row_ids [batch, queries]; null without dropout
+  double dropout_scale;
+  void* y;      // T [batch, heads, queries, keys] contiguous
+  void* probs;  // p, like y; null without dropout, where it equals y
+};
+
+// With g = keep * grad_y * dropout_scale: grad_scores = scale * p * (g - sum over keys of g * p)
+struct MaskedSoftmaxBackward {
+  int64_t batch, heads, queries, keys;
+  DType dtype;
+  const void* grad_y;  // T [batch, heads, queries, keys], keys contiguous
+  int64_t grad_y_strides[3];
+  const void* probs;  // T, likewise
+  int64_t probs_strides[3];
+  double scale;
+  const DropoutKey* key;  // row_ids [batch, queries]; null without dropout
+  double dropout_scale;
+  void* grad_scores;  // T [batch, heads, queries, keys] contiguous
+};
+
 // keep[b, n, q, c] = word >= threshold
 struct DropoutMask {
   int64_t batch, heads, queries, columns;
@@ -121,6 +152,8 @@ struct CpuKernels {
   void (*dropout_mask)(const DropoutMask&, ParallelFor);
   void (*bias_dropout_residual_forward)(const BiasDropoutResidualForward&, ParallelFor);
   void (*bias_dropout_residual_backward)(const BiasDropoutResidualBackward&, ParallelFor);
+  void (*masked_softmax_forward)(const MaskedSoftmaxForward&, ParallelFor);
+  void (*masked_softmax_backward)(const MaskedSoftmaxBackward&, ParallelFor);
 };
 
 // The best table this machine can run, or the one that the environment variable TPCORE_CPU_ISA
@@ -128,5 +161,9 @@ struct CpuKernels {
 // machine lacks: then cpu_kernels_error() says so.
 const CpuKernels* cpu_kernels();
 const char* cpu_kernels_error();
+
+// Throws std::bad_alloc; a function, so that units of one instruction set hold no code of namespace
+// std.
+[[noreturn]] void out_of_memory();
 
 }  // namespace tpcore

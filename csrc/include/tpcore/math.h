@@ -75,6 +75,16 @@ TPCORE_FUNCTION float float_from_float16(uint16_t bits) {
   return float_from_bits(sign | ((magnitude << 13) + 0x38000000u));
 }
 
+// --- Exponential ---
+// x = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts, the upper one of so few bits that n times
+// it is exact. e^r = 1 + r + r^2 P(r), P minimax in relative error (3e-9).
+
+constexpr float kExpMin = -104.0f, kExpMax = 89.0f;  // beyond, the result is 0 or infinity
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194442e-4f;
+constexpr float kExp[5] = {0.49999994f, 0.166665211f, 0.0416683890f, 0.00836874545f,
+                           0.00138145406f};
+
 // --- Philox4x32-10 ---
 // Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 
