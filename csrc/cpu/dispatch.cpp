@@ -15,6 +15,8 @@
   void dropout_mask(const DropoutMask&, ParallelFor);                                   \
   void bias_dropout_residual_forward(const BiasDropoutResidualForward&, ParallelFor);   \
   void bias_dropout_residual_backward(const BiasDropoutResidualBackward&, ParallelFor); \
+  void bias_gelu_forward(const BiasGeluForward&, ParallelFor);                          \
+  void bias_gelu_backward(const BiasGeluBackward&, ParallelFor);                        \
   void masked_softmax_forward(const MaskedSoftmaxForward&, ParallelFor);                \
   void masked_softmax_backward(const MaskedSoftmaxBackward&, ParallelFor);              \
   static const CpuKernels kKernels = {                                                  \
@@ -24,6 +26,8 @@
       dropout_mask,                                                                     \
       bias_dropout_residual_forward,                                                    \
       bias_dropout_residual_backward,                                                   \
+      bias_gelu_forward,                                                                \
+      bias_gelu_backward,                                                               \
       masked_softmax_forward,                                                           \
       masked_softmax_backward,                                                          \
   };                                                                                    \

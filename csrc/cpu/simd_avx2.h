@@ -181,6 +181,7 @@ TPCORE_INLINE Vec<double> operator/(Vec<double> a, Vec<double> b) {
 TPCORE_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a.v, b.v); }
 TPCORE_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a.v, b.v); }
 TPCORE_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return _mm256_max_pd(a.v, b.v); }
+TPCORE_INLINE Vec<double> smaller(Vec<double> a, Vec<double> b) { return _mm256_min_pd(a.v, b.v); }
 TPCORE_INLINE __m256 less(Vec<float> a, Vec<float> b) {
   return _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ);
 }
@@ -192,6 +193,12 @@ TPCORE_INLINE Vec<double> select(__m256d mask, Vec<double> yes, Vec<double> no) 
 }
 TPCORE_INLINE Vec<float> absolute(Vec<float> a) {
   return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v);
+}
+TPCORE_INLINE __m256d less(Vec<double> a, Vec<double> b) {
+  return _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ);
+}
+TPCORE_INLINE Vec<double> absolute(Vec<double> a) {
+  return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v);
 }
 TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
   return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

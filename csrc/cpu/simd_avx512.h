@@ -146,6 +146,7 @@ TPCORE_INLINE Vec<double> operator/(Vec<double> a, Vec<double> b) {
 TPCORE_INLINE Vec<float> larger(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a.v, b.v); }
 TPCORE_INLINE Vec<float> smaller(Vec<float> a, Vec<float> b) { return _mm512_min_ps(a.v, b.v); }
 TPCORE_INLINE Vec<double> larger(Vec<double> a, Vec<double> b) { return _mm512_max_pd(a.v, b.v); }
+TPCORE_INLINE Vec<double> smaller(Vec<double> a, Vec<double> b) { return _mm512_min_pd(a.v, b.v); }
 TPCORE_INLINE __mmask16 less(Vec<float> a, Vec<float> b) {
   return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ);
 }
@@ -156,6 +157,10 @@ TPCORE_INLINE Vec<double> select(__mmask8 mask, Vec<double> yes, Vec<double> no)
   return _mm512_mask_mov_pd(no.v, mask, yes.v);
 }
 TPCORE_INLINE Vec<float> absolute(Vec<float> a) { return _mm512_abs_ps(a.v); }
+TPCORE_INLINE __mmask8 less(Vec<double> a, Vec<double> b) {
+  return _mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ);
+}
+TPCORE_INLINE Vec<double> absolute(Vec<double> a) { return _mm512_abs_pd(a.v); }
 TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
   return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }

@@ -171,8 +171,14 @@ template <class A>
 TPCORE_INLINE Vec<A> smaller(Vec<A> a, Vec<A> b) {
   return Vec<A>(a.v < b.v ? a.v : b.v);
 }
-TPCORE_INLINE I32x4 less(Vec<float> a, Vec<float> b) { return a.v < b.v; }
+template <class A>
+TPCORE_INLINE typename Vec<A>::Mask less(Vec<A> a, Vec<A> b) {
+  return a.v < b.v;
+}
 TPCORE_INLINE Vec<float> absolute(Vec<float> a) { return (F32x4)((U32x4)a.v & 0x7fffffffu); }
+TPCORE_INLINE Vec<double> absolute(Vec<double> a) {
+  return (F64x2)((U64x2)a.v & 0x7fffffffffffffffu);
+}
 // Adding 1.5 * 2^23 leaves no bits for a fraction; right for |a| < 2^22.
 TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
   const F32x4 magic = Vec<float>(12582912.0f).v;

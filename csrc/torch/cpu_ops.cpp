@@ -101,6 +101,59 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, con
   return {grad_x, grad_weight, grad_bias};
 }
 
+Gelu gelu_of(const std::string& approximate) {
+  if (approximate == "none") return Gelu::kErf;
+  if (approximate == "tanh") return Gelu::kTanh;
+  STD_TORCH_CHECK(approximate == "erf_1.41421", "approximate is ", approximate,
+                  "; expected none, tanh or erf_1.41421");
+  return Gelu::kOldErf;
+}
+
+Tensor bias_gelu_forward(const Tensor& x, const OptionalTensor& bias, std::string approximate) {
+  STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_string(x), "; expected two dimensions");
+  const int64_t rows = x.size(0), columns = x.size(1);
+  const ScalarType type = x.scalar_type();
+  const ScalarType parameter = parameter_type(x, bias, std::nullopt);
+  Tensor y = new_empty(x, {rows, columns});
+  BiasGeluForward args;
+  args.rows = rows;
+  args.columns = columns;
+  args.dtype = dtype_of(x, "x");
+  args.parameter_dtype = parameter == type ? args.dtype : DType::kFloat32;
+  args.gelu = gelu_of(approximate);
+  args.x = matrix_of(x, "x", rows, columns, type);
+  args.bias = vector_of(bias, "bias", columns, parameter);
+  args.y = y.mutable_data_ptr();
+  kernels().bias_gelu_forward(args, parallel_for);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad_y, const Tensor& x,
+                                              const OptionalTensor& bias, std::string approximate,
+                                              bool need_grad_x, bool need_grad_bias) {
+  STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_string(x), "; expected two dimensions");
+  const int64_t rows = x.size(0), columns = x.size(1);
+  const ScalarType type = x.scalar_type(), sums = accumulation_type(x);
+  const ScalarType parameter = parameter_type(x, bias, std::nullopt);
+  Tensor grad_x = need_grad_x ? new_empty(x, {rows, columns}) : new_empty(x, {0});
+  Tensor grad_bias = new_empty(x, {need_grad_bias ? columns : 0}, sums);
+  Tensor partials = new_empty(x, {need_grad_bias ? partial_sums(rows) : 0, columns}, sums);
+  BiasGeluBackward args;
+  args.rows = rows;
+  args.columns = columns;
+  args.dtype = dtype_of(x, "x");
+  args.parameter_dtype = parameter == type ? args.dtype : DType::kFloat32;
+  args.gelu = gelu_of(approximate);
+  args.grad_y = matrix_of(grad_y, "grad_y", rows, columns, type);
+  args.x = matrix_of(x, "x", rows, columns, type);
+  args.bias = vector_of(bias, "bias", columns, parameter);
+  args.grad_x = need_grad_x ? grad_x.mutable_data_ptr() : nullptr;
+  args.grad_bias = need_grad_bias ? grad_bias.mutable_data_ptr() : nullptr;
+  args.partials = partials.mutable_data_ptr();
+  kernels().bias_gelu_backward(args, parallel_for);
+  return {grad_x, grad_bias};
+}
+
 Tensor bias_dropout_residual_forward(const Tensor& x, const OptionalTensor& bias,
                                      const OptionalTensor& residual, double p,
                                      const OptionalTensor& seed, int64_t stream,
@@ -253,6 +306,8 @@ Tensor dropout_keep_mask(const Tensor& seed, const Tensor& row_ids, double p, in
   op(layer_norm_forward)             \
   op(add_layer_norm_forward)         \
   op(layer_norm_backward)            \
+  op(bias_gelu_forward)              \
+  op(bias_gelu_backward)             \
   op(bias_dropout_residual_forward)  \
   op(bias_dropout_residual_backward) \
   op(masked_softmax_forward)         \

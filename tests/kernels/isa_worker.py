@@ -36,6 +36,10 @@ def _results() -> dict[str, torch.Tensor]:
         "add_layer_norm": lambda x, r, w, b: kernels.add_layer_norm(x, r, w, b)[0],
         "bias_dropout_residual": lambda x, r, w, b: kernels.bias_dropout_residual(x, b, r, **key),
     }
+    for approximate in ("none", "tanh", "erf_1.41421"):
+        calls[f"bias_gelu {approximate}"] = lambda x, r, w, b, a=approximate: kernels.bias_gelu(
+            x * 2, b, a
+        )
     mask = (draw(COLUMNS) > 0.5)[None]
 
     def masked_softmax(x, r, w, b):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from tests.kernels.harness import (
     assert_grad_not_modified,
+    assert_same_bits_for_any_threads,
     by_backends,
     by_dtype,
     compare,
@@ -16,7 +17,7 @@ from tests.kernels.harness import (
 )
 from tpcore.kernels import bias_gelu, record_backends, use_backend
 
-by_backend = by_backends("reference")
+by_backend = by_backends("reference", "cpu")
 by_formula = pytest.mark.parametrize("approximate", ["none", "tanh", "erf_1.41421"])
 
 
@@ -130,6 +131,37 @@ def test_autocast_changes_nothing(backend):
         inside = run("bias_gelu", backend, bias_gelu, x, bias)
     assert inside.dtype == torch.bfloat16
     assert torch.equal(inside, outside)
+
+
+def test_frozen_inputs_cost_nothing():
+    require("cpu")
+    x, bias = _inputs((40, 8), (torch.float32, torch.float32))
+    for needs in ((True, False), (False, True)):
+        grads = torch.ops.tpcore.bias_gelu_backward(x, x, bias, "none", *needs)
+        assert [g.numel() > 0 for g in grads] == list(needs)
+
+
+@by_formula
+def test_bits_do_not_depend_on_threads(approximate):
+    require("cpu")
+    inputs = _inputs((333, 200), (torch.float32, torch.float32))
+    assert_same_bits_for_any_threads(
+        lambda *a: run("bias_gelu", "cpu", bias_gelu, *a, approximate), *inputs
+    )
+
+
+@by_formula
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [0, 50])
+def test_opcheck(approximate, dtype, rows):
+    require("cpu")
+    ops = torch.ops.tpcore
+    x, bias = _inputs((rows, 19), (dtype, torch.float32))
+    strided = torch.randn(rows, 40)[:, 4:23].to(dtype)
+    torch.library.opcheck(ops.bias_gelu_forward, (x, bias, approximate))
+    torch.library.opcheck(ops.bias_gelu_forward, (strided, None, approximate))
+    torch.library.opcheck(ops.bias_gelu_backward, (strided, x, bias, approximate, True, True))
+    torch.library.opcheck(ops.bias_gelu_backward, (x, strided, None, approximate, True, False))
 
 
 def test_errors_name_the_argument():

@@ -81,6 +81,36 @@ static inline int64_t partial_sums(int64_t rows) {
   return (rows + each - 1) / each;
 }
 
+// Phi is the distribution function of the standard normal distribution, phi its density.
+enum class Gelu : int32_t {
+  kErf,     // z Phi(z)
+  kTanh,    // z / (1 + exp(-2 u)), u = sqrt(2 / pi) (z + 0.044715 z^3)
+  kOldErf,  // z Phi(c z) with c = sqrt(2) / 1.41421
+};
+
+// y = gelu(z),  z = x + bias
+struct BiasGeluForward {
+  int64_t rows, columns;
+  DType dtype, parameter_dtype;
+  Gelu gelu;
+  Matrix x;          // T [rows, columns]
+  const void* bias;  // P [columns] or null
+  void* y;           // T [rows, columns] contiguous
+};
+
+// grad_x = grad_y * gelu'(z),  grad_bias = sum over rows of it, before it is rounded to T
+struct BiasGeluBackward {
+  int64_t rows, columns;
+  DType dtype, parameter_dtype;
+  Gelu gelu;
+  Matrix grad_y;     // T [rows, columns]
+  Matrix x;          // T [rows, columns]
+  const void* bias;  // P [columns] or null
+  void* grad_x;      // T [rows, columns] contiguous, or null
+  void* grad_bias;   // A [columns] or null
+  void* partials;    // A [partial_sums(rows), columns]; null without grad_bias
+};
+
 // y = keep * (x + bias) * scale + residual, with scale = 1 / (1 - p); without a key y = x + bias +
 // residual
 struct BiasDropoutResidualForward {
@@ -152,6 +182,8 @@ struct CpuKernels {
   void (*dropout_mask)(const DropoutMask&, ParallelFor);
   void (*bias_dropout_residual_forward)(const BiasDropoutResidualForward&, ParallelFor);
   void (*bias_dropout_residual_backward)(const BiasDropoutResidualBackward&, ParallelFor);
+  void (*bias_gelu_forward)(const BiasGeluForward&, ParallelFor);
+  void (*bias_gelu_backward)(const BiasGeluBackward&, ParallelFor);
   void (*masked_softmax_forward)(const MaskedSoftmaxForward&, ParallelFor);
   void (*masked_softmax_backward)(const MaskedSoftmaxBackward&, ParallelFor);
 };

@@ -85,6 +85,23 @@ constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194442e-4f;
 constexpr float kExp[5] = {0.49999994f, 0.166665211f, 0.0416683890f, 0.00836874545f,
                            0.00138145406f};
 
+// --- Normal distribution, for GeLU ---
+// Phi(z) = 1/2 + z S(z^2) for |z| < 1, else by Phi(-t) = exp(-t^2 / 2) R(1 / (1 + t / 2)): the tail
+// keeps its relative accuracy, and one exponential serves Phi and its density. S and R minimax
+// (7e-9 and 1.4e-8); R(u) = u (c0 + c1 u + ..).
+
+constexpr float kNormalCentre[5] = {0.398942202f, -0.0664887279f, 0.00996414945f, -0.00116532156f,
+                                    9.24527776e-5f};
+constexpr float kNormalTail[9] = {0.199479848f, 0.199186847f,  0.15352571f,
+                                  0.019984426f, 0.0750071257f, -0.498388708f,
+                                  0.588238657f, -0.288263470f, 0.0508895963f};
+constexpr float kNormalDensity = 0.398942280f;  // 1 / sqrt(2 pi)
+
+constexpr double kSqrtHalf = 0.70710678118654752;
+constexpr double kOldErfScale = 1.41421356237309505 / 1.41421;  // NeMo's sqrt(2)
+constexpr double kGeluTanhScale = 0.79788456080286536;          // sqrt(2 / pi)
+constexpr double kGeluTanhCubic = 0.044715;
+
 // --- Philox4x32-10 ---
 // Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 

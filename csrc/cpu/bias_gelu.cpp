@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bias and GeLU: formulas in tpcore/kernels.h, the distribution function in vector_math.h.
+#include "parallel.h"
+#include "types.h"
+#include "vector_math.h"
+
+namespace tpcore {
+namespace TPCORE_ISA {
+namespace {
+
+// gelu(z) = z gate(z): the gate, and the derivative of z gate(z).
+template <class V>
+struct Gated {
+  V gate, derivative;
+};
+
+template <class A>
+TPCORE_INLINE Gated<Vec<A>> gelu_erf(Vec<A> z, A scale) {
+  using V = Vec<A>;
+  const Normal<V> distribution = normal(z * V(scale));
+  return {distribution.cdf, multiply_add(z * V(scale), distribution.density, distribution.cdf)};
+}
+
+// (1 + tanh u) / 2 = 1 / (1 + exp(-2 u)), by the exponential that is at most 1: nothing cancels or
+// overflows.
+template <class A>
+TPCORE_INLINE Gated<Vec<A>> gelu_tanh(Vec<A> z) {
+  using V = Vec<A>;
+  const V one(A(1)), linear(static_cast<A>(2 * kGeluTanhScale)),
+      cubic(static_cast<A>(2 * kGeluTanhScale * kGeluTanhCubic));
+  // Beyond 16 the gate is 0 or 1; a cube that overflows would make it NaN.
+  const V near = smaller(V(A(16)), larger(V(A(-16)), z));
+  const V square = near * near;
+  const V twice_u = near * multiply_add(square, cubic, linear);
+  const V slope = multiply_add(square, cubic * V(A(3)), linear);
+  const V e = exponential(V() - absolute(twice_u));
+  const V upper = one / (one + e), lower = e * upper;
+  const V gate = select(less(twice_u, V()), lower, upper);
+  return {gate, multiply_add(near * slope, lower * upper, gate)};
+}
+
+template <Gelu kind, class A>
+TPCORE_INLINE Gated<Vec<A>> gated(Vec<A> z) {
+  if (kind == Gelu::kTanh) return gelu_tanh(z);
+  return gelu_erf(z, kind == Gelu::kErf ? A(1) : static_cast<A>(kOldErfScale));
+}
+
+template <Gelu kind>
+struct Kind {
+  static constexpr Gelu value = kind;
+};
+
+template <class Function>
+void dispatch_gelu(Gelu gelu, const Function& function) {
+  switch (gelu) {
+    case Gelu::kErf:
+      return function(Kind<Gelu::kErf>{});
+    case Gelu::kTanh:
+      return function(Kind<Gelu::kTanh>{});
+    case Gelu::kOldErf:
+      return function(Kind<Gelu::kOldErf>{});
+  }
+}
+
+template <class T, class P, Gelu kind>
+void forward_row(const T* x, const P* bias, T* y, int64_t columns) {
+  using V = Vec<Acc<T>>;
+  for_each_vector<V>(columns, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
+    V z = V::load(x + i, lanes);
+    if (bias != nullptr) z = z + V::load(bias + i, lanes);
+    (z * gated<kind>(z).gate).store(y + i, lanes);
+  });
+}
+
+template <class T, class P, Gelu kind>
+void backward_row(const T* grad_y, const T* x, const P* bias, T* grad_x, Acc<T>* bias_sums,
+                  int64_t columns) {
+  using V = Vec<Acc<T>>;
+  for_each_vector<V>(columns, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
+    V z = V::load(x + i, lanes);
+    if (bias != nullptr) z = z + V::load(bias + i, lanes);
+    const V grad = V::load(grad_y + i, lanes) * gated<kind>(z).derivative;
+    if (grad_x != nullptr) grad.store(grad_x + i, lanes);
+    if (bias_sums != nullptr) (V::load(bias_sums + i, lanes) + grad).store(bias_sums + i, lanes);
+  });
+}
+
+}  // namespace
+
+void bias_gelu_forward(const BiasGeluForward& args, ParallelFor parallel_for) {
+  dispatch_types(args.dtype, args.parameter_dtype, [&](auto types) {
+    using T = typename decltype(types)::Activation;
+    using P = typename decltype(types)::Parameter;
+    dispatch_gelu(args.gelu, [&](auto kind) {
+      const int64_t columns = args.columns;
+      const int64_t bytes = columns * (2 * static_cast<int64_t>(sizeof(T)) + 8);
+      parallel_rows(parallel_for, args.rows, bytes, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          forward_row<T, P, decltype(kind)::value>(
+              row_of<T>(args.x, row), static_cast<const P*>(args.bias),
+              static_cast<T*>(args.y) + row * columns, columns);
+        }
+      });
+    });
+  });
+}
+
+void bias_gelu_backward(const BiasGeluBackward& args, ParallelFor parallel_for) {
+  dispatch_types(args.dtype, args.parameter_dtype, [&](auto types) {
+    using T = typename decltype(types)::Activation;
+    using P = typename decltype(types)::Parameter;
+    using A = Acc<T>;
+    const int64_t columns = args.columns;
+    A* partials = static_cast<A*>(args.partials);
+    dispatch_gelu(args.gelu, [&](auto kind) {
+      parallel_sums(parallel_for, args.rows, [&](int64_t sum, int64_t begin, int64_t end) {
+        A* bias_sums = args.grad_bias ? partials + sum * columns : nullptr;
+        if (bias_sums) memset(bias_sums, 0, static_cast<size_t>(columns) * sizeof(A));
+        for (int64_t row = begin; row < end; ++row) {
+          backward_row<T, P, decltype(kind)::value>(
+              row_of<T>(args.grad_y, row), row_of<T>(args.x, row), static_cast<const P*>(args.bias),
+              args.grad_x ? static_cast<T*>(args.grad_x) + row * columns : nullptr, bias_sums,
+              columns);
+        }
+      });
+    });
+    add_partial_sums(parallel_for, partials, partial_sums(args.rows), columns, columns,
+                     static_cast<A*>(args.grad_bias));
+  });
+}
+
+}  // namespace TPCORE_ISA
+}  // namespace tpcore
