@@ -19,6 +19,8 @@
   void bias_gelu_backward(const BiasGeluBackward&, ParallelFor);                        \
   void masked_softmax_forward(const MaskedSoftmaxForward&, ParallelFor);                \
   void masked_softmax_backward(const MaskedSoftmaxBackward&, ParallelFor);              \
+  void cross_entropy_statistics(const CrossEntropyStatistics&, ParallelFor);            \
+  void cross_entropy_backward(const CrossEntropyBackward&, ParallelFor);                \
   static const CpuKernels kKernels = {                                                  \
       #isa,                                                                             \
       layer_norm_forward,                                                               \
@@ -30,6 +32,8 @@
       bias_gelu_backward,                                                               \
       masked_softmax_forward,                                                           \
       masked_softmax_backward,                                                          \
+      cross_entropy_statistics,                                                         \
+      cross_entropy_backward,                                                           \
   };                                                                                    \
   }                                                                                     \
   }

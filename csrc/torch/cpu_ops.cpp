@@ -279,6 +279,62 @@ Tensor masked_softmax_backward(const Tensor& grad_y, const Tensor& probs, double
   return grad_scores;
 }
 
+VocabularyShard shard_of(const Tensor& logits, const Tensor& target, int64_t vocab_start,
+                         int64_t num_classes, int64_t ignore_index) {
+  STD_TORCH_CHECK(logits.dim() == 2, "logits has shape ", shape_string(logits),
+                  "; expected two dimensions");
+  VocabularyShard shard;
+  shard.tokens = logits.size(0);
+  shard.columns = logits.size(1);
+  const int64_t rest = num_classes - vocab_start;
+  shard.live = rest < 0 ? 0 : rest < shard.columns ? rest : shard.columns;
+  shard.vocab_start = vocab_start;
+  shard.num_classes = num_classes;
+  shard.ignore_index = ignore_index;
+  shard.dtype = dtype_of(logits, "logits");
+  shard.logits = matrix_of(logits, "logits", shard.tokens, shard.columns, logits.scalar_type());
+  shard.target =
+      static_cast<const int64_t*>(vector_of(target, "target", shard.tokens, ScalarType::Long));
+  return shard;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_statistics(const Tensor& logits,
+                                                                    const Tensor& target,
+                                                                    int64_t vocab_start,
+                                                                    int64_t num_classes,
+                                                                    int64_t ignore_index) {
+  CrossEntropyStatistics args;
+  args.shard = shard_of(logits, target, vocab_start, num_classes, ignore_index);
+  const ScalarType type = accumulation_type(logits);
+  Tensor max = new_empty(logits, {args.shard.tokens}, type);
+  Tensor sum_exp = new_empty(logits, {args.shard.tokens}, type);
+  Tensor target_logit = new_empty(logits, {args.shard.tokens}, type);
+  Tensor sum_logits = new_empty(logits, {args.shard.tokens}, type);
+  args.max = max.mutable_data_ptr();
+  args.sum_exp = sum_exp.mutable_data_ptr();
+  args.target_logit = target_logit.mutable_data_ptr();
+  args.sum_logits = sum_logits.mutable_data_ptr();
+  kernels().cross_entropy_statistics(args, parallel_for);
+  return {max, sum_exp, target_logit, sum_logits};
+}
+
+Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
+                              const Tensor& max, const Tensor& sum_exp, int64_t vocab_start,
+                              int64_t num_classes, int64_t ignore_index, double label_smoothing) {
+  CrossEntropyBackward args;
+  args.shard = shard_of(logits, target, vocab_start, num_classes, ignore_index);
+  args.label_smoothing = label_smoothing;
+  const ScalarType type = accumulation_type(logits);
+  const int64_t tokens = args.shard.tokens;
+  args.grad_loss = vector_of(grad_loss, "grad_loss", tokens, type);
+  args.max = vector_of(max, "max", tokens, type);
+  args.sum_exp = vector_of(sum_exp, "sum_exp", tokens, type);
+  Tensor grad_logits = new_empty(logits, {tokens, args.shard.columns});
+  args.grad_logits = grad_logits.mutable_data_ptr();
+  kernels().cross_entropy_backward(args, parallel_for);
+  return grad_logits;
+}
+
 Tensor dropout_keep_mask(const Tensor& seed, const Tensor& row_ids, double p, int64_t stream,
                          int64_t num_columns, int64_t column_offset, int64_t head_offset,
                          int64_t num_heads) {
@@ -312,6 +368,8 @@ Tensor dropout_keep_mask(const Tensor& seed, const Tensor& row_ids, double p, in
   op(bias_dropout_residual_backward) \
   op(masked_softmax_forward)         \
   op(masked_softmax_backward)        \
+  op(cross_entropy_statistics)       \
+  op(cross_entropy_backward)         \
   op(dropout_keep_mask)
 // clang-format on
 

@@ -52,7 +52,11 @@ def _results() -> dict[str, torch.Tensor]:
             row_ids=row_ids[None],
         )[0, 0]
 
+    target = torch.arange(ROWS) % COLUMNS
     calls["masked_softmax"] = masked_softmax
+    calls["cross_entropy"] = lambda x, r, w, b: (
+        kernels.cross_entropy(x * w + r, target, label_smoothing=0.1)[:, None] * b
+    )
     for op, call in calls.items():
         for dtype in DTYPES:
             arguments = [t.to(dtype).requires_grad_() for t in (x, residual, weight, bias)]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from tests.kernels.harness import (
     assert_grad_not_modified,
+    assert_same_bits_for_any_threads,
     by_backends,
     compare,
     compiled,
@@ -15,7 +16,7 @@ from tests.kernels.harness import (
 )
 from tpcore.kernels import cross_entropy, record_backends, reference, use_backend
 
-by_backend = by_backends("reference")
+by_backend = by_backends("reference", "cpu")
 by_dtype = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
 )
@@ -173,10 +174,34 @@ def test_a_target_that_is_no_class():
     logits = torch.randn(3, 5)
     with pytest.raises(ValueError, match=r"target\[1\] is 5; expected a class 0\.\.4"):
         cross_entropy(logits, torch.tensor([0, 5, 1]))
-    # Where checking would mean waiting for the device, the loss says so itself, on every shard.
+
+
+@by_backend
+def test_without_the_check_the_loss_itself_is_nan(backend):
+    """Where checking would mean waiting for the device, every shard says so in its statistics."""
+    require(backend)
+    ops = reference if backend == "reference" else torch.ops.tpcore
     for start in (0, 5):
-        four = reference.cross_entropy_statistics(logits, torch.tensor([0, 12, 7]), start, 10, -100)
-        assert four[2].isnan().tolist() == [False, True, False]
+        target = torch.tensor([0, 12, 7, -1, -100])
+        four = ops.cross_entropy_statistics(torch.randn(5, 5), target, start, 10, -100)
+        assert four[2].isnan().tolist() == [False, True, False, True, False]
+
+
+@by_backend
+def test_a_shard_of_minus_infinity_takes_no_part(backend):
+    logits = torch.randn(3, 8)
+    logits[:, 4:] = -float("inf")
+    target = torch.tensor([0, 3, 1])
+    statistics = []
+    for start in (0, 4):
+        collect = lambda *s: (statistics.append(s), s)[1]  # noqa: E731
+        options = {"vocab_start": start, "num_classes": 8, "combine": collect}
+        run(OP, backend, cross_entropy, logits[:, start : start + 4], target, **options)
+    assert torch.equal(statistics[1][1], torch.zeros(3))
+    loss = run(OP, backend, cross_entropy, logits, target)
+    torch.testing.assert_close(loss, _plain(logits, target))
+    nothing = run(OP, backend, cross_entropy, torch.full((1, 8), -float("inf")), target[:1])
+    assert nothing.isnan().all()
 
 
 @by_backend
@@ -230,6 +255,26 @@ def test_autocast_changes_nothing(backend):
         inside = run(OP, backend, cross_entropy, logits, target)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, outside)
+
+
+def test_bits_do_not_depend_on_threads():
+    require("cpu")
+    target = _targets(50, 700)
+    assert_same_bits_for_any_threads(
+        lambda x: run(OP, "cpu", cross_entropy, x, target), torch.randn(50, 700)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [0, 1, 7])
+def test_opcheck(dtype, tokens):
+    require("cpu")
+    ops = torch.ops.tpcore
+    logits, target = torch.randn(tokens, 40)[:, 4:23].to(dtype), _targets(tokens, 25)
+    torch.library.opcheck(ops.cross_entropy_statistics, (logits, target, 10, 25, -100))
+    maximum, sum_exp, _, _ = ops.cross_entropy_statistics(logits, target, 10, 25, -100)
+    arguments = (torch.randn(tokens), logits, target, maximum, sum_exp, 10, 25, -100, 0.1)
+    torch.library.opcheck(ops.cross_entropy_backward, arguments)
 
 
 def test_errors_name_the_argument():

@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
 from tpcore.kernels.backend import choose
+from tpcore.kernels.rows import with_dense_rows
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 Combine = Callable[[Tensor, Tensor, Tensor, Tensor], Statistics]
@@ -49,6 +50,7 @@ class _CrossEntropy(torch.autograd.Function):
         native: bool,
     ) -> Tensor:
         ops = torch.ops.tpcore if native else reference
+        logits, target = with_dense_rows(logits), with_dense_rows(target)
         with without_autocast(logits.device.type):
             statistics = ops.cross_entropy_statistics(
                 logits, target, vocab_start, num_classes, ignore_index
@@ -75,7 +77,7 @@ class _CrossEntropy(torch.autograd.Function):
             ops = torch.ops.tpcore if ctx.native else reference
             with without_autocast(logits.device.type):
                 grad_logits = ops.cross_entropy_backward(
-                    grad_loss, logits, target, maximum, sum_exp, *ctx.constants
+                    with_dense_rows(grad_loss), logits, target, maximum, sum_exp, *ctx.constants
                 )
         return grad_logits, None, None, None, None, None, None, None
 

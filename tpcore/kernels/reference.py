@@ -141,7 +141,9 @@ def cross_entropy_statistics(
         zeros = live.new_zeros(live.shape[0])
         return torch.full_like(zeros, float("-inf")), zeros, target_logit, zeros.clone()
     maximum = live.amax(dim=1)
-    sum_exp = (live - maximum[:, None]).exp_().sum(dim=1)
+    # Where every logit is -infinity the sum of exponentials is 0, as it is without any column.
+    shift = maximum.masked_fill(maximum == float("-inf"), 0.0)
+    sum_exp = (live - shift[:, None]).exp_().sum(dim=1)
     local = target - vocab_start
     own = (local >= 0) & (local < num_live) & (target != ignore_index)
     picked = live.gather(1, local.clamp(0, num_live - 1)[:, None])[:, 0]

@@ -167,6 +167,33 @@ struct MaskedSoftmaxBackward {
   void* grad_scores;  // T [batch, heads, queries, keys] contiguous
 };
 
+// The first `live` columns of a row of logits are the classes vocab_start + [0, live) of
+// num_classes.
+struct VocabularyShard {
+  int64_t tokens, columns, live;
+  int64_t vocab_start, num_classes, ignore_index;
+  DType dtype;
+  Matrix logits;          // T [tokens, columns]
+  const int64_t* target;  // global ids
+};
+
+// Of each row's live logits: max (-infinity if there are none), sum of exp(logit - max), the sum,
+// and the logit of the target: 0 if it is not here, NaN if it is neither a class nor ignore_index.
+struct CrossEntropyStatistics {
+  VocabularyShard shard;
+  void *max, *sum_exp, *target_logit, *sum_logits;  // A [tokens]
+};
+
+// grad = grad_loss * (exp(logit - max) / sum_exp - (1 - ls) [column is the target] - ls /
+// num_classes) in live columns of rows that are not ignored, else 0; max and sum_exp are those of
+// all shards.
+struct CrossEntropyBackward {
+  VocabularyShard shard;
+  double label_smoothing;
+  const void *grad_loss, *max, *sum_exp;  // A [tokens]
+  void* grad_logits;                      // T [tokens, columns] contiguous
+};
+
 // keep[b, n, q, c] = word >= threshold
 struct DropoutMask {
   int64_t batch, heads, queries, columns;
@@ -186,6 +213,8 @@ struct CpuKernels {
   void (*bias_gelu_backward)(const BiasGeluBackward&, ParallelFor);
   void (*masked_softmax_forward)(const MaskedSoftmaxForward&, ParallelFor);
   void (*masked_softmax_backward)(const MaskedSoftmaxBackward&, ParallelFor);
+  void (*cross_entropy_statistics)(const CrossEntropyStatistics&, ParallelFor);
+  void (*cross_entropy_backward)(const CrossEntropyBackward&, ParallelFor);
 };
 
 // The best table this machine can run, or the one that the environment variable TPCORE_CPU_ISA
