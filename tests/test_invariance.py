@@ -10,6 +10,7 @@ import torch
 
 from tests.helpers.ranks import run_ranks
 from tpcore import checkpoint
+from tpcore.kernels import use_backend
 from tpcore.models.packing import pack_sequences
 from tpcore.parallel.group import TensorParallelGroup
 from tpcore.parallel.random import step_seed
@@ -112,7 +113,11 @@ def test_loss_curve_is_the_same_at_every_size():
     single = TensorParallelGroup.single()
     expected = _loss_curve(single, 1)
     assert expected[-10:].mean() < expected[:10].mean()  # it learns
-    threads = ((_loss_curve(single, 2) - expected).abs() / expected).max().item()
-    bound = min(1e-4, 3 * threads)
+    # The yardstick is what another thread count does to torch's own ops. With the native kernels
+    # that drift is exactly 0 where the matrix products keep their bits too, while a split over
+    # ranks must add in another order: against 0 no size above 1 could ever pass.
+    with use_backend("reference"):
+        one, two = (_loss_curve(single, threads) for threads in (1, 2))
+    bound = min(1e-4, 3 * ((two - one).abs() / one).max().item())
     for size in (2, 4):
         run_ranks(_check_curve, size, expected, bound)
