@@ -16,6 +16,8 @@ venv: .venv/.installed   ## make .venv: pinned packages, and tpcore with its nat
 .venv/.installed: constraints.txt pyproject.toml setup.py MANIFEST.in $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt torch setuptools wheel ninja
+	# seqeval comes as source, and its build needs what only an isolated build fetches rightly.
+	$(PIP) install -q -c constraints.txt --use-pep517 seqeval
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[finetune,demo,dev]'
 	touch $@
 
