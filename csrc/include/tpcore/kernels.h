@@ -9,6 +9,8 @@
 
 #include <cstdint>
 
+struct CUstream_st;  // CUDA's
+
 namespace tpcore {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
@@ -32,6 +34,7 @@ struct DropoutKey {
   const int64_t* row_ids = nullptr;  // contiguous, one per row
   int64_t column_offset = 0;
   int64_t head_offset = 0;
+  const int64_t* device_seed = nullptr;  // CUDA: read when the kernel runs, in place of `seed`
 };
 
 // total = x + residual (only with a residual; rounded to T)
@@ -223,8 +226,26 @@ struct CpuKernels {
 const CpuKernels* cpu_kernels();
 const char* cpu_kernels_error();
 
+// Results of this many bytes or more do not stay in the cache: half of the last level.
+int64_t streaming_bytes();
+
 // Throws std::bad_alloc; a function, so that units of one instruction set hold no code of namespace
 // std.
 [[noreturn]] void out_of_memory();
 
+// The same launchers for CUDA. Pointers are device pointers, except that of the key; work is queued
+// on `stream` of the current device. `partials` has cuda::partial_sums(rows) in place of
+// partial_sums(rows); which rows go to which sum depends on the device, and on nothing else.
+namespace cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t
+using Status = int;           // cudaError_t: what became of the launches, 0 if all is well
+
+Status layer_norm_forward(const LayerNormForward&, Stream);
+Status layer_norm_backward(const LayerNormBackward&, Stream);
+
+int64_t partial_sums(int64_t rows);  // on the current device
+const char* status_message(Status);
+
+}  // namespace cuda
 }  // namespace tpcore

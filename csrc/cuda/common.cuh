@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: Apache-2.0
+// What all CUDA kernels stand on: types, 16-byte vectors, warps, launches. Every intrinsic of the
+// language stands in this file; the kernels are plain C++ on top of it, which a C++ compiler with
+// tests/cuda_emulation on its include path compiles as well.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "tpcore/kernels.h"
+#include "tpcore/math.h"
+
+#define TPCORE_DEVICE __device__ __forceinline__
+
+namespace tpcore {
+namespace cuda {
+
+// --- Types ---
+
+using BFloat16 = __nv_bfloat16;
+using Float16 = __half;
+
+template <class T>
+struct Accumulation {
+  using type = float;
+};
+template <>
+struct Accumulation<double> {
+  using type = double;
+};
+template <class T>
+using Acc = typename Accumulation<T>::type;
+
+TPCORE_DEVICE float square_root(float value) { return sqrtf(value); }
+TPCORE_DEVICE double square_root(double value) { return sqrt(value); }
+TPCORE_DEVICE float exponential(float value) { return expf(value); }
+TPCORE_DEVICE double exponential(double value) { return exp(value); }
+TPCORE_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+TPCORE_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+TPCORE_DEVICE double double_from_bits(uint64_t bits) {
+  double value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+TPCORE_DEVICE uint64_t double_bits(double value) {
+  uint64_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+template <class A>
+TPCORE_DEVICE A infinity() {
+  return static_cast<A>(__builtin_huge_val());
+}
+
+// --- Vectors ---
+
+// As many elements of the activations as the widest access moves.
+constexpr int kVectorBytes = 16;
+template <class T>
+constexpr int kVector = kVectorBytes / static_cast<int>(sizeof(T));
+
+// N numbers to compute with.
+template <class A, int N>
+struct Vector {
+  A values[N];
+  TPCORE_DEVICE A& operator[](int i) { return values[i]; }
+  TPCORE_DEVICE A operator[](int i) const { return values[i]; }
+};
+
+template <class A, int N>
+TPCORE_DEVICE Vector<A, N> filled(A value) {
+  Vector<A, N> result;
+#pragma unroll
+  for (int i = 0; i < N; ++i) result[i] = value;
+  return result;
+}
+
+// The bits of an element in memory, and how words of 32 bits hold several of them.
+template <int bytes>
+struct Element;
+template <>
+struct Element<2> {
+  using Bits = uint16_t;
+  static TPCORE_DEVICE Bits get(const uint32_t* words, int i) {
+    return static_cast<Bits>(words[i / 2] >> 16 * (i % 2));
+  }
+  static TPCORE_DEVICE void put(uint32_t* words, int i, Bits bits) {  // in ascending order
+    words[i / 2] = (i % 2 ? words[i / 2] : 0u) | static_cast<uint32_t>(bits) << 16 * (i % 2);
+  }
+};
+template <>
+struct Element<4> {
+  using Bits = uint32_t;
+  static TPCORE_DEVICE Bits get(const uint32_t* words, int i) { return words[i]; }
+  static TPCORE_DEVICE void put(uint32_t* words, int i, Bits bits) { words[i] = bits; }
+};
+template <>
+struct Element<8> {
+  using Bits = uint64_t;
+  static TPCORE_DEVICE Bits get(const uint32_t* words, int i) {
+    return static_cast<Bits>(words[2 * i + 1]) << 32 | words[2 * i];
+  }
+  static TPCORE_DEVICE void put(uint32_t* words, int i, Bits bits) {
+    words[2 * i] = static_cast<uint32_t>(bits);
+    words[2 * i + 1] = static_cast<uint32_t>(bits >> 32);
+  }
+};
+
+// N consecutive elements of T as they stand in memory. Words, not elements: a vector that has been
+// asked for stays one piece, nothing waits for it, until somebody computes with it.
+template <class T, int N>
+struct alignas(sizeof(T) * N < kVectorBytes ? sizeof(T) * N : kVectorBytes) Packed {
+  using Elements = Element<sizeof(T)>;
+  uint32_t words[sizeof(T) * N / sizeof(uint32_t)];
+
+  TPCORE_DEVICE Acc<T> operator[](int i) const { return number(i, static_cast<T*>(nullptr)); }
+
+ private:
+  TPCORE_DEVICE float number(int i, float*) const { return float_from_bits(words[i]); }
+  TPCORE_DEVICE double number(int i, double*) const {
+    return double_from_bits(Elements::get(words, i));
+  }
+  TPCORE_DEVICE float number(int i, BFloat16*) const {
+    return float_from_bits(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
+  }
+  TPCORE_DEVICE float number(int i, Float16*) const {
+    return __half2float(__ushort_as_half(Elements::get(words, i)));
+  }
+};
+
+template <class T, int N>
+TPCORE_DEVICE Vector<Acc<T>, N> widen(const Packed<T, N>& packed) {
+  Vector<Acc<T>, N> result;
+#pragma unroll
+  for (int i = 0; i < N; ++i) result[i] = packed[i];
+  return result;
+}
+
+// To T, to nearest even.
+TPCORE_DEVICE void narrow(const float* from, uint32_t* to, int n, float*) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) to[i] = float_bits(from[i]);
+}
+TPCORE_DEVICE void narrow(const double* from, uint32_t* to, int n, double*) {
+#pragma unroll
+  for (int i = 0; i < n; ++i) Element<8>::put(to, i, double_bits(from[i]));
+}
+TPCORE_DEVICE void narrow(const float* from, uint32_t* to, int n, BFloat16*) {
+#pragma unroll
+  for (int i = 0; i < n; i += 2) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(from[i], from[i + 1]);
+    memcpy(to + i / 2, &pair, sizeof pair);
+  }
+}
+TPCORE_DEVICE void narrow(const float* from, uint32_t* to, int n, Float16*) {
+#pragma unroll
+  for (int i = 0; i < n; i += 2) {
+    const __half2 pair = __floats2half2_rn(from[i], from[i + 1]);
+    memcpy(to + i / 2, &pair, sizeof pair);
+  }
+}
+template <class T, int N>
+TPCORE_DEVICE Packed<T, N> narrow(const Vector<Acc<T>, N>& vector) {
+  Packed<T, N> result;
+  narrow(vector.values, result.words, N, static_cast<T*>(nullptr));
+  return result;
+}
+
+// Which elements of a vector exist: [first, last) of its N.
+struct Lanes {
+  int first, last;
+};
+
+// Those of the vector that starts at `begin` in a row of `size`.
+template <int N>
+TPCORE_DEVICE Lanes lanes_at(int64_t begin, int64_t size) {
+  return {0, size - begin < N ? static_cast<int>(size - begin) : N};
+}
+
+template <class V, class T>
+TPCORE_DEVICE bool is_aligned(const T* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % alignof(V) == 0;
+}
+
+// The elements that exist, and zeros. One access, or a few of 16 bytes, if all exist and stand
+// aligned; else element by element. The choice is made per access, so that any length, stride and
+// address will do.
+template <int N, class T>
+TPCORE_DEVICE Packed<T, N> load(const T* source, Lanes lanes) {
+  using V = Packed<T, N>;
+  using Bits = typename V::Elements::Bits;
+  if (lanes.first == 0 && lanes.last == N && is_aligned<V>(source)) {
+    return *reinterpret_cast<const V*>(source);
+  }
+  V result;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const bool exists = i >= lanes.first && i < lanes.last;
+    V::Elements::put(result.words, i, exists ? reinterpret_cast<const Bits*>(source)[i] : Bits(0));
+  }
+  return result;
+}
+
+// The vector at `begin` of a row, widened; `missing` everywhere if there is no row.
+template <int N, class T>
+TPCORE_DEVICE Vector<Acc<T>, N> load_or(const T* row, int64_t begin, Lanes lanes, Acc<T> missing) {
+  return row != nullptr ? widen(load<N>(row + begin, lanes)) : filled<Acc<T>, N>(missing);
+}
+
+// Leaves alone what does not exist.
+template <int N, class T>
+TPCORE_DEVICE void store(T* target, Lanes lanes, const Packed<T, N>& packed) {
+  using V = Packed<T, N>;
+  using Bits = typename V::Elements::Bits;
+  if (lanes.first == 0 && lanes.last == N && is_aligned<V>(target)) {
+    *reinterpret_cast<V*>(target) = packed;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i >= lanes.first && i < lanes.last) {
+      reinterpret_cast<Bits*>(target)[i] = V::Elements::get(packed.words, i);
+    }
+  }
+}
+
+template <class T>
+TPCORE_DEVICE T* row_of(const Matrix& matrix, int64_t row) {
+  return static_cast<T*>(matrix.data) + row * matrix.row_stride;
+}
+
+// --- Warps ---
+
+constexpr int kWarp = 32;
+constexpr int kMaxThreads = 1024;
+constexpr int kMaxWarps = kMaxThreads / kWarp;
+
+struct Plus {
+  template <class A>
+  TPCORE_DEVICE A operator()(A a, A b) const {
+    return a + b;
+  }
+  template <class A>
+  TPCORE_DEVICE A none() const {
+    return 0;
+  }
+};
+struct Larger {  // a NaN loses; it comes back with the sum
+  template <class A>
+  TPCORE_DEVICE A none() const {
+    return -infinity<A>();
+  }
+  TPCORE_DEVICE float operator()(float a, float b) const { return fmaxf(a, b); }
+  TPCORE_DEVICE double operator()(double a, double b) const { return fmax(a, b); }
+};
+
+// `operation` over the lanes of a full warp: the same bits on every lane, since each step combines
+// the same two numbers on both sides.
+template <class A, class Operation>
+TPCORE_DEVICE A warp_reduce(A value, Operation operation) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    value = operation(value, __shfl_xor_sync(0xffffffffu, value, distance));
+  }
+  return value;
+}
+
+TPCORE_DEVICE void block_barrier() { __syncthreads(); }
+
+// --- Host side ---
+
+template <class T, class P>
+struct Types {
+  using Activation = T;
+  using Parameter = P;
+};
+
+// function(Types<T, P>{}): parameters have the dtype of the activations or, next to half precision,
+// float32.
+template <class Function>
+Status dispatch_types(DType dtype, DType parameter_dtype, const Function& function) {
+  const bool same = dtype == parameter_dtype;
+  switch (dtype) {
+    case DType::kFloat32:
+      return function(Types<float, float>{});
+    case DType::kFloat64:
+      return function(Types<double, double>{});
+    case DType::kBFloat16:
+      return same ? function(Types<BFloat16, BFloat16>{}) : function(Types<BFloat16, float>{});
+    case DType::kFloat16:
+      return same ? function(Types<Float16, Float16>{}) : function(Types<Float16, float>{});
+  }
+  return cudaErrorInvalidValue;
+}
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+inline int64_t multiprocessors() {
+  int device = 0, count = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+  return known && count > 0 ? count : 1;
+}
+
+// Sums over rows are split into at most so many per multiprocessor: each costs a write and a read
+// of a row of sums.
+constexpr int kPartialsPerSm = 4;
+
+// Blocks for `work` pieces that a grid-stride loop takes: enough to fill the device several times
+// over, and far from the limits of a grid.
+inline int64_t grid_for(int64_t work) { return smaller(work, 32 * multiprocessors()); }
+
+// The one way to launch: kernel<<<grid, block, 0, stream>>>(arguments...). Says what became of it.
+template <class... Parameters, class... Arguments>
+Status launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Stream stream,
+              const Arguments&... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  const cudaError_t status =
+      cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
+  if (status != cudaSuccess) cudaGetLastError();  // reported here, not by the next who asks
+  return status;
+}
+
+}  // namespace cuda
+}  // namespace tpcore
