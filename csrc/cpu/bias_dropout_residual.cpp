@@ -39,25 +39,28 @@ void bias_dropout_residual_forward(const BiasDropoutResidualForward& args,
     using V = Vec<A>;
     const V scale(static_cast<A>(args.scale));
     const int64_t bytes = args.columns * (3 * static_cast<int64_t>(sizeof(T)) + (args.key ? 8 : 0));
-    parallel_rows(parallel_for, args.rows, bytes, [&](int64_t begin_row, int64_t end_row) {
-      for (int64_t row = begin_row; row < end_row; ++row) {
-        for_each_block(
-            args.key, row, args.columns, [&](int64_t begin, int64_t count, const uint8_t* keep) {
-              const T* x = row_of<T>(args.x, row) + begin;
-              const P* bias = args.bias ? static_cast<const P*>(args.bias) + begin : nullptr;
-              const T* residual =
-                  args.residual.data ? row_of<T>(args.residual, row) + begin : nullptr;
-              T* y = static_cast<T*>(args.y) + row * args.columns + begin;
-              for_each_vector<V>(count, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
-                V value = V::load(x + i, lanes);
-                if (bias != nullptr) value = value + V::load(bias + i, lanes);
-                if (keep != nullptr)
-                  value = select(V::nonzero(keep + i, lanes), value * scale, V());
-                if (residual != nullptr) value = value + V::load(residual + i, lanes);
-                value.store(y + i, lanes);
+    with_constant(worth_streaming<T>(args.y, args.rows, args.columns), [&](auto streaming) {
+      parallel_rows(parallel_for, args.rows, bytes, [&](int64_t begin_row, int64_t end_row) {
+        for (int64_t row = begin_row; row < end_row; ++row) {
+          for_each_block(
+              args.key, row, args.columns, [&](int64_t begin, int64_t count, const uint8_t* keep) {
+                const T* x = row_of<T>(args.x, row) + begin;
+                const P* bias = args.bias ? static_cast<const P*>(args.bias) + begin : nullptr;
+                const T* residual =
+                    args.residual.data ? row_of<T>(args.residual, row) + begin : nullptr;
+                T* y = static_cast<T*>(args.y) + row * args.columns + begin;
+                for_each_vector<V>(count, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
+                  V value = V::load(x + i, lanes);
+                  if (bias != nullptr) value = value + V::load(bias + i, lanes);
+                  if (keep != nullptr)
+                    value = select(V::nonzero(keep + i, lanes), value * scale, V());
+                  if (residual != nullptr) value = value + V::load(residual + i, lanes);
+                  write<streaming>(value, y + i, lanes);
+                });
               });
-            });
-      }
+        }
+        if (streaming) streaming_fence();
+      });
     });
   });
 }
@@ -70,24 +73,28 @@ void bias_dropout_residual_backward(const BiasDropoutResidualBackward& args,
     using V = Vec<A>;
     const V scale(static_cast<A>(args.scale));
     A* partials = static_cast<A*>(args.partials);
-    parallel_sums(parallel_for, args.rows, [&](int64_t sum, int64_t begin_row, int64_t end_row) {
-      A* bias_sums = args.grad_bias ? partials + sum * args.columns : nullptr;
-      if (bias_sums) memset(bias_sums, 0, static_cast<size_t>(args.columns) * sizeof(A));
-      for (int64_t row = begin_row; row < end_row; ++row) {
-        for_each_block(
-            args.key, row, args.columns, [&](int64_t begin, int64_t count, const uint8_t* keep) {
-              const T* grad_y = row_of<T>(args.grad_y, row) + begin;
-              T* grad_x =
-                  args.grad_x ? static_cast<T*>(args.grad_x) + row * args.columns + begin : nullptr;
-              A* sums = bias_sums ? bias_sums + begin : nullptr;
-              for_each_vector<V>(count, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
-                V grad = V::load(grad_y + i, lanes);
-                if (keep != nullptr) grad = select(V::nonzero(keep + i, lanes), grad * scale, V());
-                if (grad_x != nullptr) grad.store(grad_x + i, lanes);
-                if (sums != nullptr) (V::load(sums + i, lanes) + grad).store(sums + i, lanes);
+    with_constant(worth_streaming<T>(args.grad_x, args.rows, args.columns), [&](auto streaming) {
+      parallel_sums(parallel_for, args.rows, [&](int64_t sum, int64_t begin_row, int64_t end_row) {
+        A* bias_sums = args.grad_bias ? partials + sum * args.columns : nullptr;
+        if (bias_sums) memset(bias_sums, 0, static_cast<size_t>(args.columns) * sizeof(A));
+        for (int64_t row = begin_row; row < end_row; ++row) {
+          for_each_block(
+              args.key, row, args.columns, [&](int64_t begin, int64_t count, const uint8_t* keep) {
+                const T* grad_y = row_of<T>(args.grad_y, row) + begin;
+                T* grad_x = args.grad_x ? static_cast<T*>(args.grad_x) + row * args.columns + begin
+                                        : nullptr;
+                A* sums = bias_sums ? bias_sums + begin : nullptr;
+                for_each_vector<V>(count, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
+                  V grad = V::load(grad_y + i, lanes);
+                  if (keep != nullptr)
+                    grad = select(V::nonzero(keep + i, lanes), grad * scale, V());
+                  if (grad_x != nullptr) write<streaming>(grad, grad_x + i, lanes);
+                  if (sums != nullptr) (V::load(sums + i, lanes) + grad).store(sums + i, lanes);
+                });
               });
-            });
-      }
+        }
+        if (streaming) streaming_fence();
+      });
     });
     add_partial_sums(parallel_for, partials, partial_sums(args.rows), args.columns, args.columns,
                      static_cast<A*>(args.grad_bias));

@@ -14,10 +14,10 @@ struct Gated {
   V gate, derivative;
 };
 
-template <class A>
+template <class Precision, class A>
 TPCORE_INLINE Gated<Vec<A>> gelu_erf(Vec<A> z, A scale) {
   using V = Vec<A>;
-  const Normal<V> distribution = normal(z * V(scale));
+  const Normal<V> distribution = normal<Precision>(z * V(scale));
   return {distribution.cdf, multiply_add(z * V(scale), distribution.density, distribution.cdf)};
 }
 
@@ -39,10 +39,10 @@ TPCORE_INLINE Gated<Vec<A>> gelu_tanh(Vec<A> z) {
   return {gate, multiply_add(near * slope, lower * upper, gate)};
 }
 
-template <Gelu kind, class A>
+template <Gelu kind, class Precision, class A>
 TPCORE_INLINE Gated<Vec<A>> gated(Vec<A> z) {
   if (kind == Gelu::kTanh) return gelu_tanh(z);
-  return gelu_erf(z, kind == Gelu::kErf ? A(1) : static_cast<A>(kOldErfScale));
+  return gelu_erf<Precision>(z, kind == Gelu::kErf ? A(1) : static_cast<A>(kOldErfScale));
 }
 
 template <Gelu kind>
@@ -68,7 +68,7 @@ void forward_row(const T* x, const P* bias, T* y, int64_t columns) {
   for_each_vector<V>(columns, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
     V z = V::load(x + i, lanes);
     if (bias != nullptr) z = z + V::load(bias + i, lanes);
-    (z * gated<kind>(z).gate).store(y + i, lanes);
+    (z * gated<kind, PrecisionOf<T>>(z).gate).store(y + i, lanes);
   });
 }
 
@@ -79,7 +79,7 @@ void backward_row(const T* grad_y, const T* x, const P* bias, T* grad_x, Acc<T>*
   for_each_vector<V>(columns, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
     V z = V::load(x + i, lanes);
     if (bias != nullptr) z = z + V::load(bias + i, lanes);
-    const V grad = V::load(grad_y + i, lanes) * gated<kind>(z).derivative;
+    const V grad = V::load(grad_y + i, lanes) * gated<kind, PrecisionOf<T>>(z).derivative;
     if (grad_x != nullptr) grad.store(grad_x + i, lanes);
     if (bias_sums != nullptr) (V::load(bias_sums + i, lanes) + grad).store(bias_sums + i, lanes);
   });

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Chooses the instruction set, once.
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -101,8 +102,22 @@ const Choice& choice() {
   return chosen;
 }
 
+// From Linux: sysconf counts the caches of a whole socket on some machines.
+int64_t last_level_cache_bytes() {
+  long kib = 0;
+  if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    if (std::fscanf(file, "%ldK", &kib) != 1) kib = 0;
+    std::fclose(file);
+  }
+  return kib > 0 ? int64_t{kib} << 10 : int64_t{32} << 20;
+}
+
 }  // namespace
 
+int64_t streaming_bytes() {
+  static const int64_t bytes = last_level_cache_bytes() / 2;
+  return bytes;
+}
 const CpuKernels* cpu_kernels() { return choice().kernels; }
 const char* cpu_kernels_error() { return choice().error; }
 void out_of_memory() { throw std::bad_alloc(); }

@@ -41,7 +41,7 @@ void row_statistics(const T* x, int64_t columns, double eps, Acc<T>* mean, Acc<T
   *rstd = A(1) / square_root(square_sum / static_cast<A>(columns) + static_cast<A>(eps));
 }
 
-template <class T, class P>
+template <bool streaming, class T, class P>
 void normalize_row(const T* x, const P* weight, const P* bias, T* y, int64_t columns, Acc<T> mean,
                    Acc<T> rstd) {
   using V = Vec<Acc<T>>;
@@ -50,12 +50,12 @@ void normalize_row(const T* x, const P* weight, const P* bias, T* y, int64_t col
     V value = (V::load(x + i, lanes) - centre) * scale;
     if (weight != nullptr) value = value * V::load(weight + i, lanes);
     if (bias != nullptr) value = value + V::load(bias + i, lanes);
-    value.store(y + i, lanes);
+    write<streaming>(value, y + i, lanes);
   });
 }
 
 // The sums over columns that grad_x needs, and the rows' contribution to the parameter gradients.
-template <int R, class T, class P>
+template <int R, bool streaming, class T, class P>
 void backward_rows(const LayerNormBackward& args, int64_t row, Acc<T>* weight_sums,
                    Acc<T>* bias_sums) {
   using A = Acc<T>;
@@ -96,12 +96,14 @@ void backward_rows(const LayerNormBackward& args, int64_t row, Acc<T>* weight_su
     const T* extra = args.grad_total.data ? row_of<T>(args.grad_total, row + r) : nullptr;
     T* grad_x = static_cast<T*>(args.grad_x) + (row + r) * args.columns;
     for_each_vector<V>(args.columns, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
+      prefetch(x[r] + i, R * args.x.row_stride);
+      prefetch(grad_y[r] + i, R * args.grad_y.row_stride);
       const V w = weight != nullptr ? V::load(weight + i, lanes) : V(A(1));
       const V xhat = (V::load(x[r] + i, lanes) - mean[r]) * rstd[r];
       const V g = V::load(grad_y[r] + i, lanes) * w;
       V value = (g - mean_g - xhat * mean_g_xhat) * rstd[r];
       if (extra != nullptr) value = value + V::load(extra + i, lanes);
-      value.store(grad_x + i, lanes);
+      write<streaming>(value, grad_x + i, lanes);
     });
   }
 }
@@ -115,20 +117,24 @@ void layer_norm_forward(const LayerNormForward& args, ParallelFor parallel_for) 
     using A = Acc<T>;
     const int64_t columns = args.columns;
     const int64_t bytes = 2 * columns * static_cast<int64_t>(sizeof(T));
-    parallel_rows(parallel_for, args.rows, bytes, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const T* x = row_of<T>(args.x, row);
-        if (args.residual.data != nullptr) {
-          T* total = static_cast<T*>(args.total) + row * columns;
-          add_row(x, row_of<T>(args.residual, row), total, columns);
-          x = total;
+    with_constant(worth_streaming<T>(args.y, args.rows, columns), [&](auto streaming) {
+      parallel_rows(parallel_for, args.rows, bytes, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+          const T* x = row_of<T>(args.x, row);
+          if (args.residual.data != nullptr) {
+            T* total = static_cast<T*>(args.total) + row * columns;
+            add_row(x, row_of<T>(args.residual, row), total, columns);
+            x = total;
+          }
+          A* mean = static_cast<A*>(args.mean) + row;
+          A* rstd = static_cast<A*>(args.rstd) + row;
+          row_statistics(x, columns, args.eps, mean, rstd);
+          normalize_row<streaming>(x, static_cast<const P*>(args.weight),
+                                   static_cast<const P*>(args.bias),
+                                   static_cast<T*>(args.y) + row * columns, columns, *mean, *rstd);
         }
-        A* mean = static_cast<A*>(args.mean) + row;
-        A* rstd = static_cast<A*>(args.rstd) + row;
-        row_statistics(x, columns, args.eps, mean, rstd);
-        normalize_row(x, static_cast<const P*>(args.weight), static_cast<const P*>(args.bias),
-                      static_cast<T*>(args.y) + row * columns, columns, *mean, *rstd);
-      }
+        if (streaming) streaming_fence();
+      });
     });
   });
 }
@@ -140,14 +146,21 @@ void layer_norm_backward(const LayerNormBackward& args, ParallelFor parallel_for
     using A = Acc<T>;
     const int64_t columns = args.columns;
     A* partials = static_cast<A*>(args.partials);
-    parallel_sums(parallel_for, args.rows, [&](int64_t sum, int64_t begin, int64_t end) {
-      A* weight_sums = args.grad_weight ? partials + 2 * sum * columns : nullptr;
-      A* bias_sums = args.grad_bias ? partials + (2 * sum + 1) * columns : nullptr;
-      if (weight_sums) memset(weight_sums, 0, static_cast<size_t>(columns) * sizeof(A));
-      if (bias_sums) memset(bias_sums, 0, static_cast<size_t>(columns) * sizeof(A));
-      int64_t row = begin;
-      for (; row + 4 <= end; row += 4) backward_rows<4, T, P>(args, row, weight_sums, bias_sums);
-      for (; row < end; ++row) backward_rows<1, T, P>(args, row, weight_sums, bias_sums);
+    with_constant(worth_streaming<T>(args.grad_x, args.rows, columns), [&](auto streaming) {
+      parallel_sums(parallel_for, args.rows, [&](int64_t sum, int64_t begin, int64_t end) {
+        A* weight_sums = args.grad_weight ? partials + 2 * sum * columns : nullptr;
+        A* bias_sums = args.grad_bias ? partials + (2 * sum + 1) * columns : nullptr;
+        if (weight_sums) memset(weight_sums, 0, static_cast<size_t>(columns) * sizeof(A));
+        if (bias_sums) memset(bias_sums, 0, static_cast<size_t>(columns) * sizeof(A));
+        int64_t row = begin;
+        for (; row + 4 <= end; row += 4) {
+          backward_rows<4, streaming, T, P>(args, row, weight_sums, bias_sums);
+        }
+        for (; row < end; ++row) {
+          backward_rows<1, streaming, T, P>(args, row, weight_sums, bias_sums);
+        }
+        if (streaming) streaming_fence();
+      });
     });
     const int64_t sums = partial_sums(args.rows);
     add_partial_sums(parallel_for, partials, sums, 2 * columns, columns,

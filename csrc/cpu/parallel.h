@@ -2,6 +2,8 @@
 // Rows over the caller's thread pool, and sums over rows whose bits do not depend on it.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 #include "tpcore/kernels.h"
 
@@ -56,6 +58,42 @@ void add_partial_sums(ParallelFor parallel_for, const A* partials, int64_t sums,
       total.store(out + begin + i, lanes);
     });
   });
+}
+
+// A result too large to be found in the cache by whoever reads it next is better written past the
+// cache: an ordinary store first reads the line that it is going to overwrite.
+#if defined(TPCORE_ISA_AVX512) || defined(TPCORE_ISA_AVX2)
+template <class T>
+bool worth_streaming(const void* result, int64_t rows, int64_t columns) {
+  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(T));
+  return std::is_same_v<T, float> && rows * row_bytes >= streaming_bytes() && row_bytes % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(result) % 64 == 0;
+}
+// Stores that streamed are seen by others after the fence.
+TPCORE_INLINE void streaming_fence() { _mm_sfence(); }
+#else
+template <class T>
+bool worth_streaming(const void*, int64_t, int64_t) {
+  return false;
+}
+TPCORE_INLINE void streaming_fence() {}
+#endif
+
+template <bool streaming, class V, class T, class Lanes>
+TPCORE_INLINE void write(V value, T* p, Lanes lanes) {
+#if defined(TPCORE_ISA_AVX512) || defined(TPCORE_ISA_AVX2)
+  if constexpr (streaming && std::is_same_v<T, float> && std::is_same_v<Lanes, Full>) {
+    return value.stream(p);
+  }
+#endif
+  value.store(p, lanes);
+}
+
+// function(std::bool_constant): as a constant, so that the loops are compiled for either.
+template <class Function>
+void with_constant(bool value, const Function& function) {
+  if (value) return function(std::true_type{});
+  function(std::false_type{});
 }
 
 }  // namespace TPCORE_ISA

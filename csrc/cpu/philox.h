@@ -36,16 +36,28 @@ constexpr int64_t kColumnsPerBlock = 4 * kGroupsPerBlock;
 // keep[4 * g + w] = word w of the counter of group first_group + g is at least the threshold, as
 // bytes 0 or 1, for kGroupsPerBlock groups of four columns.
 TPCORE_INLINE void keep_block(const RowKey& key, uint64_t first_group, uint8_t* keep) {
+  // In the first two rounds only one word each depends on the column: the rest is scalar.
+  const uint64_t row_product = uint64_t{kPhiloxMultiplier1} * key.row_high;
+  const uint32_t uniform0 = static_cast<uint32_t>(row_product >> 32) ^ key.row_low ^ key.key0;
+  const uint64_t uniform_product = uint64_t{kPhiloxMultiplier0} * uniform0;
+  uint32_t k0 = key.key0 + kPhiloxWeyl0, k1 = key.key1 + kPhiloxWeyl1;
+  const U64 multiplier0(kPhiloxMultiplier0), multiplier1(kPhiloxMultiplier1);
+  const U64 second(key.head_and_stream ^ key.key1), third(static_cast<uint32_t>(row_product) ^ k0),
+      fourth(static_cast<uint32_t>(uniform_product >> 32) ^ k1);
   U64 c0[kInterleave], c1[kInterleave], c2[kInterleave], c3[kInterleave];
   for (int i = 0; i < kInterleave; ++i) {
-    c0[i] = U64::iota(first_group + static_cast<uint64_t>(i) * U64::size);
-    c1[i] = U64(key.row_low);
-    c2[i] = U64(key.row_high);
-    c3[i] = U64(key.head_and_stream);
+    const U64 group = U64::iota(first_group + static_cast<uint64_t>(i) * U64::size);
+    const U64 product0 = multiply_low_words(group, multiplier0);
+    const U64 word2 = product0.shift_right<32>() ^ second;
+    const U64 product1 = multiply_low_words(word2, multiplier1);
+    c0[i] = product1.shift_right<32>() ^ third;
+    c1[i] = product1;
+    c2[i] = product0 ^ fourth;
+    c3[i] = U64(uniform_product);
   }
-  const U64 multiplier0(kPhiloxMultiplier0), multiplier1(kPhiloxMultiplier1);
-  uint32_t k0 = key.key0, k1 = key.key1;
-  for (int round = 0; round < kPhiloxRounds; ++round) {
+  for (int round = 2; round < kPhiloxRounds; ++round) {
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
     const U64 round_key0(k0), round_key1(k1);
     for (int i = 0; i < kInterleave; ++i) {
       const U64 product0 = multiply_low_words(c0[i], multiplier0);
@@ -55,21 +67,9 @@ TPCORE_INLINE void keep_block(const RowKey& key, uint64_t first_group, uint8_t* 
       c1[i] = product1;
       c3[i] = product0;
     }
-    k0 += kPhiloxWeyl0;
-    k1 += kPhiloxWeyl1;
   }
-  // word - threshold is negative exactly where the element is dropped: the sign bits become four
-  // bytes.
-  const U64 low_words(0xffffffffu), threshold(key.threshold), ones(0x01010101u), none(0);
   for (int i = 0; i < kInterleave; ++i) {
-    const U64 drop0 = ((c0[i] & low_words) - threshold).shift_right<63>();
-    const U64 drop1 = ((c1[i] & low_words) - threshold).shift_right<63>().shift_left<8>();
-    const U64 drop2 = ((c2[i] & low_words) - threshold).shift_right<63>().shift_left<16>();
-    const U64 drop3 = ((c3[i] & low_words) - threshold).shift_right<63>().shift_left<24>();
-    const U64 dropped = (drop0 | drop1) | (drop2 | drop3);
-    uint32_t bytes[U64::size];
-    xor3(dropped, ones, none).store_low_words(bytes);
-    memcpy(keep + 4 * i * U64::size, bytes, sizeof bytes);
+    store_at_least(c0[i], c1[i], c2[i], c3[i], key.threshold, keep + 4 * i * U64::size);
   }
 }
 

@@ -56,6 +56,7 @@ struct Vec<float> {
     return _mm256_cvtph_ps(load_shorts(p, lanes.count));
   }
 
+  TPCORE_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
   TPCORE_INLINE void store(float* p, Full) const { _mm256_storeu_ps(p, v); }
   TPCORE_INLINE void store(float* p, Partial lanes) const {
     _mm256_maskstore_ps(p, first_lanes(lanes.count), v);
@@ -241,9 +242,9 @@ struct U64 {
   }
 };
 
-TPCORE_INLINE U64 operator+(U64 a, U64 b) { return _mm256_add_epi64(a.v, b.v); }
 TPCORE_INLINE U64 operator-(U64 a, U64 b) { return _mm256_sub_epi64(a.v, b.v); }
 TPCORE_INLINE U64 operator&(U64 a, U64 b) { return _mm256_and_si256(a.v, b.v); }
+TPCORE_INLINE U64 operator^(U64 a, U64 b) { return _mm256_xor_si256(a.v, b.v); }
 TPCORE_INLINE U64 operator|(U64 a, U64 b) { return _mm256_or_si256(a.v, b.v); }
 TPCORE_INLINE U64 xor3(U64 a, U64 b, U64 c) {
   return _mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v);

@@ -37,6 +37,7 @@ struct Vec<float> {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(lanes.count), p));
   }
 
+  TPCORE_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
   TPCORE_INLINE void store(float* p, Full) const { _mm512_storeu_ps(p, v); }
   TPCORE_INLINE void store(float* p, Partial lanes) const {
     _mm512_mask_storeu_ps(p, first_lanes(lanes.count), v);
@@ -70,17 +71,27 @@ struct Vec<float> {
   TPCORE_INLINE float maximum() const { return _mm512_reduce_max_ps(v); }
 
  private:
-  static TPCORE_INLINE __m512 widen_bfloat16(__m256i shorts) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(shorts), 16));
+  // Word i of the input to the upper half of lane i: one permutation of words does it, and another
+  // one brings the upper halves back.
+  static TPCORE_INLINE __m512 widen_bfloat16(__m256i words) {
+    const __m512i upper =
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10,
+                                                                  11, 12, 13, 14, 15)),
+                          16);
+    return _mm512_castsi512_ps(
+        _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, upper, _mm512_castsi256_si512(words)));
   }
   // By integer arithmetic: vcvtneps2bf16 would flush denormals.
   TPCORE_INLINE __m256i narrow_bfloat16() const {
     const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+    const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+    rounded = _mm512_mask_add_epi32(rounded, odd, rounded, _mm512_set1_epi32(1));
+    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    const __m512i upper = _mm512_castsi256_si512(
+        _mm256_setr_epi16(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31));
+    return _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper, rounded));
   }
   TPCORE_INLINE __m256i narrow_float16() const {
     return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -169,6 +180,22 @@ TPCORE_INLINE Vec<float> scale_by_power(Vec<float> a, Vec<float> n) {
   return _mm512_scalef_ps(a.v, n.v);
 }
 
+// Where w, from [1, 16), lies among the 32 intervals 2^o [1 + m/8, 1 + (m+1)/8): the number of the
+// interval, and the distance from its left end. For piecewise polynomials with tables in registers.
+struct Interval32 {
+  __m512i number;
+  Vec<float> offset;
+
+  TPCORE_INLINE explicit Interval32(Vec<float> w)
+      : number(_mm512_srli_epi32(_mm512_castps_si512(w.v), 20)),
+        offset(w - Vec<float>(_mm512_castsi512_ps(
+                       _mm512_and_si512(_mm512_castps_si512(w.v), _mm512_set1_epi32(~0xfffff))))) {}
+  // The entry of each lane's interval; the first octave, whose exponent ends in 11, stands last.
+  TPCORE_INLINE Vec<float> entry(const float (&table)[32]) const {
+    return _mm512_permutex2var_ps(_mm512_loadu_ps(table), number, _mm512_loadu_ps(table + 16));
+  }
+};
+
 struct U64 {
   static constexpr int64_t size = 8;
   __m512i v;
@@ -182,27 +209,32 @@ struct U64 {
   }
 
   template <int N>
-  TPCORE_INLINE U64 shift_left() const {
-    return _mm512_slli_epi64(v, N);
-  }
-  template <int N>
   TPCORE_INLINE U64 shift_right() const {
     return _mm512_srli_epi64(v, N);
   }
-  TPCORE_INLINE void store_low_words(uint32_t* p) const {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(v));
-  }
 };
 
-TPCORE_INLINE U64 operator+(U64 a, U64 b) { return _mm512_add_epi64(a.v, b.v); }
-TPCORE_INLINE U64 operator-(U64 a, U64 b) { return _mm512_sub_epi64(a.v, b.v); }
-TPCORE_INLINE U64 operator&(U64 a, U64 b) { return _mm512_and_si512(a.v, b.v); }
-TPCORE_INLINE U64 operator|(U64 a, U64 b) { return _mm512_or_si512(a.v, b.v); }
+TPCORE_INLINE U64 operator^(U64 a, U64 b) { return _mm512_xor_si512(a.v, b.v); }
 TPCORE_INLINE U64 xor3(U64 a, U64 b, U64 c) {
   return _mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96);
 }
 // The 64-bit products of the low words; high words are ignored.
 TPCORE_INLINE U64 multiply_low_words(U64 a, U64 b) { return _mm512_mul_epu32(a.v, b.v); }
+
+// Four bytes for each lane, 1 where the low word of a, b, c, d is at least the threshold. Two words
+// share a lane for the comparison, which leaves a bit for each; the bits choose the bytes.
+TPCORE_INLINE void store_at_least(U64 a, U64 b, U64 c, U64 d, uint32_t threshold, uint8_t* p) {
+  const __m512i limit = _mm512_set1_epi32(static_cast<int>(threshold));
+  const __m512i ab = _mm512_mask_shuffle_epi32(a.v, 0xaaaa, b.v, _MM_PERM_CCAA);
+  const __m512i cd = _mm512_mask_shuffle_epi32(c.v, 0xaaaa, d.v, _MM_PERM_CCAA);
+  const __mmask16 keep_ab = _mm512_cmpge_epu32_mask(ab, limit);
+  const __mmask16 keep_cd = _mm512_cmpge_epu32_mask(cd, limit);
+  const __m512i bytes_ab = _mm512_maskz_mov_epi32(keep_ab, _mm512_set1_epi64(0x0000010000000001));
+  const __m512i bytes =
+      _mm512_mask_or_epi32(bytes_ab, keep_cd, bytes_ab, _mm512_set1_epi64(0x0100000000010000));
+  const __m512i joined = _mm512_or_si512(bytes, _mm512_srli_epi64(bytes, 32));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(joined));
+}
 
 }  // namespace TPCORE_ISA
 }  // namespace tpcore

@@ -215,7 +215,7 @@ struct U64 {
   }
 };
 
-TPCORE_INLINE U64 operator+(U64 a, U64 b) { return a.v + b.v; }
+TPCORE_INLINE U64 operator^(U64 a, U64 b) { return a.v ^ b.v; }
 TPCORE_INLINE U64 operator-(U64 a, U64 b) { return a.v - b.v; }
 TPCORE_INLINE U64 operator&(U64 a, U64 b) { return a.v & b.v; }
 TPCORE_INLINE U64 operator|(U64 a, U64 b) { return a.v | b.v; }
