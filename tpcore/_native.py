@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -139,19 +139,17 @@ RAW_OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
 }
 
-_LIBRARY = torch.library.Library("tpcore", "DEF")
 
-
-def _refuse_autograd(name: str) -> Any:
+def _refuse_autograd(packet: Any) -> Callable[..., Any]:
     """The Autograd kernel of a raw op: passes through, unless a gradient would be lost."""
-    op = getattr(torch.ops.tpcore, name).default
+    op = packet.default
 
     def kernel(*args: Any) -> Any:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             raise RuntimeError(
-                f"torch.ops.tpcore.{name} is a raw kernel without a gradient, and an input "
-                "requires grad; call the"
-                " function of tpcore.kernels instead, or wrap the call in torch.no_grad()"
+                f"torch.ops.{packet} is a raw kernel without a gradient, and an input requires "
+                "grad; call the function of tpcore.kernels instead, or wrap the call in "
+                "torch.no_grad()"
             )
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -159,14 +157,19 @@ def _refuse_autograd(name: str) -> Any:
     return kernel
 
 
-def _register_ops() -> None:
-    for name, (schema, fake) in RAW_OPS.items():
-        _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"tpcore::{name}", fake, lib=_LIBRARY)
-        _LIBRARY.impl(name, _refuse_autograd(name), "Autograd")
+def define_ops(namespace: str, names: Iterable[str]) -> torch.library.Library:
+    """Declares raw ops as a family of its own: schemas, fakes, refusal of autograd; no kernels."""
+    library = torch.library.Library(namespace, "DEF")
+    for name in names:
+        schema, fake = RAW_OPS[name]
+        library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+        packet = getattr(getattr(torch.ops, namespace), name)
+        library.impl(name, _refuse_autograd(packet), "Autograd")
+    return library
 
 
-_register_ops()
+_LIBRARY = define_ops("tpcore", RAW_OPS)
 
 
 # --- The compiled libraries

@@ -51,7 +51,7 @@ def test_impossible_choices_say_why():
     x = torch.randn(2, 8)
     for backend, reason in (
         ("cuda", "serves cuda tensors only"),
-        ("triton", "no Triton kernels"),
+        ("triton", "serves cuda tensors only, or with TRITON_INTERPRET=1"),
     ):
         with use_backend(backend), pytest.raises(ValueError, match=f"cannot serve.*{reason}"):
             layer_norm(x)

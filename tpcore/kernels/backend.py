@@ -1,24 +1,27 @@
 """Which code serves an op: chosen per call, overridable, and never silently.
 
-Backends, in order of preference: `cuda` and `cpu` (compiled, for tensors of that device), `triton`,
-and `reference` (plain PyTorch, any device). An op falls to the reference when no kernel serves the
-device or dtype at hand; `explain()` says which backend serves what and why the others do not.
+Backends, in order of preference: `cuda` and `cpu` (compiled, for tensors of that device), `triton`
+(for cuda tensors, where the compiled library is missing), and `reference` (plain PyTorch, any
+device). An op falls to the reference when no kernel serves the device or dtype at hand; `explain()`
+says which backend serves what and why the others do not.
 `use_backend("reference")` or the environment variable TPCORE_BACKEND makes the choice explicit, and
 a choice that cannot be honoured is an error.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from tpcore import _native
+from tpcore.kernels.triton import refusal as triton_refusal
 
 Backend = Literal["cuda", "triton", "cpu", "reference"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -32,6 +35,9 @@ OPS: dict[str, tuple[str, ...]] = {
     "bias_dropout_residual": ("bias_dropout_residual_forward", "bias_dropout_residual_backward"),
     "cross_entropy": ("cross_entropy_statistics", "cross_entropy_backward"),
 }
+
+# Device type -> the backends that are used there without being asked for; else the reference.
+_PREFERENCES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -51,12 +57,12 @@ if os.environ.get("TPCORE_BACKEND"):
     _forced = _parse(os.environ["TPCORE_BACKEND"], "the environment variable TPCORE_BACKEND")
 
 
-def _device_refusal(backend: str, op: str, device: str) -> str:
-    """Why a backend does not serve an op on a device type; empty if it does."""
+@functools.cache
+def _cached_device_refusal(backend: str, op: str, device: str) -> str:
     if backend == "reference":
         return ""
     if backend == "triton":
-        return "this version has no Triton kernels"
+        return triton_refusal(device)
     if device != backend:
         return f"serves {backend} tensors only"
     library = _native.status(backend)  # type: ignore[arg-type]
@@ -66,19 +72,34 @@ def _device_refusal(backend: str, op: str, device: str) -> str:
     return f"the compiled library has no {missing[0]}" if missing else ""
 
 
-# (op, device type) -> the compiled backend that serves it. Filled once: nothing in it changes
-# during a process.
-_COMPILED: dict[tuple[str, str], str] = {
-    (op, device): device
-    for op in OPS
-    for device in ("cuda", "cpu")
-    if not _device_refusal(device, op, device)
-}
+@functools.cache
+def _cached_preference(op: str, device: str) -> str:
+    for backend in _PREFERENCES.get(device, ()):
+        if not _cached_device_refusal(backend, op, device):
+            return backend
+    return "reference"
 
 
-def _dtype_refusal(x: Tensor, parameters: tuple[Tensor | None, ...]) -> str:
-    """Why a compiled kernel does not take these dtypes; empty if it does."""
-    if x.dtype not in _DTYPES:
+# Neither changes during a process, and torch.compile need not look inside.
+
+
+@torch.compiler.assume_constant_result
+def _device_refusal(backend: str, op: str, device: str) -> str:
+    """Why a backend does not serve an op on a device type; empty if it does."""
+    return _cached_device_refusal(backend, op, device)
+
+
+@torch.compiler.assume_constant_result
+def _preference(op: str, device: str) -> str:
+    """The backend that serves an op on a device type, unless another is asked for."""
+    return _cached_preference(op, device)
+
+
+def _dtype_refusal(backend: str, x: Tensor, parameters: tuple[Tensor | None, ...]) -> str:
+    """Why a backend does not take these dtypes; empty if it does."""
+    if backend == "reference":
+        return ""
+    if x.dtype not in _DTYPES or (backend == "triton" and x.dtype == torch.float64):
         return f"does not take {x.dtype}"
     given = [p.dtype for p in parameters if p is not None]
     if not given:
@@ -97,21 +118,26 @@ def choose(op: str, x: Tensor, *parameters: Tensor | None) -> str:
         ValueError: if a backend was asked for explicitly that cannot serve this call.
     """
     device = x.device.type
-    backend = _COMPILED.get((op, device), "reference")
-    if backend != "reference" and _dtype_refusal(x, parameters):
-        backend = "reference"
-    if _forced is not None and _forced != backend:
-        if _forced != "reference":
-            reason = _device_refusal(_forced, op, device) or _dtype_refusal(x, parameters)
-            raise ValueError(
-                f"backend {_forced!r} was asked for, but it cannot serve {op} of this {device} "
-                f"tensor: {reason};"
-                " choose 'reference', or leave the choice to tpcore"
-            )
+    if _forced is None:
+        backend = _preference(op, device)
+        if _dtype_refusal(backend, x, parameters):
+            backend = "reference"
+    else:
         backend = _forced
+        reason = _device_refusal(backend, op, device) or _dtype_refusal(backend, x, parameters)
+        if reason:
+            raise ValueError(
+                f"backend {backend!r} was asked for, but it cannot serve {op} of this {device} "
+                f"tensor: {reason}; choose 'reference', or leave the choice to tpcore"
+            )
     if _recorder is not None:
         _recorder.append((op, backend))
     return backend
+
+
+def raw_ops(backend: str) -> Any:
+    """The raw ops of a backend with kernels, under the names of `_native.RAW_OPS`."""
+    return torch.ops.tpcore_triton if backend == "triton" else torch.ops.tpcore
 
 
 @contextmanager
@@ -168,8 +194,7 @@ def explain() -> list[Explanation]:
 
 
 def _explain(op: str, device: str) -> Explanation:
-    compiled = _COMPILED.get((op, device), "reference")
-    serves = compiled if _forced is None else _forced
+    serves = _preference(op, device) if _forced is None else _forced
     refusals = {}
     for backend in BACKENDS:
         if backend == serves:

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from tpcore._native import check_dropout_key
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
-from tpcore.kernels.backend import choose
+from tpcore.kernels.backend import choose, raw_ops
 from tpcore.kernels.rows import as_rows, as_vector, in_shape_of
 
 
@@ -37,9 +37,10 @@ class _BiasDropoutResidual(torch.autograd.Function):
         stream: int,
         row_ids: Tensor | None,
         column_offset: int,
+        backend: str,
     ) -> Tensor:
         num_columns = x.shape[-1]
-        y = torch.ops.tpcore.bias_dropout_residual_forward(
+        y = raw_ops(backend).bias_dropout_residual_forward(
             as_rows(x, num_columns),
             as_vector(bias),
             None if residual is None else as_rows(residual, num_columns),
@@ -52,6 +53,7 @@ class _BiasDropoutResidual(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(seed, row_ids)
         ctx.constants = p, stream, column_offset
+        ctx.backend = backend
         ctx.bias_dtype = None if bias is None else bias.dtype
         return in_shape_of(y, x)
 
@@ -65,7 +67,7 @@ class _BiasDropoutResidual(torch.autograd.Function):
             p, stream, column_offset = ctx.constants
             # Without dropout grad_x is grad_y itself and only the sum for the bias is left to do.
             write_x = need_x and p > 0
-            grad_x, grad_bias = torch.ops.tpcore.bias_dropout_residual_backward(
+            grad_x, grad_bias = raw_ops(ctx.backend).bias_dropout_residual_backward(
                 as_rows(grad_y, grad_y.shape[-1]),
                 p,
                 seed,
@@ -80,11 +82,7 @@ class _BiasDropoutResidual(torch.autograd.Function):
             grad_x if need_x else None,
             grad_bias.to(ctx.bias_dtype) if need_bias and grad_bias is not None else None,
             grad_y if need_residual else None,
-            None,
-            None,
-            None,
-            None,
-            None,
+            *[None] * 6,
         )
 
 
@@ -142,7 +140,8 @@ def bias_dropout_residual(
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
     key = (p, seed, stream, row_ids, column_offset)
-    if choose("bias_dropout_residual", x, bias) == "reference" or x.shape[-1] == 0:
+    backend = choose("bias_dropout_residual", x, bias)
+    if backend == "reference" or x.shape[-1] == 0:
         with without_autocast(x.device.type):
             return reference.bias_dropout_residual(x, bias, residual, *key)
-    return _BiasDropoutResidual.apply(x, bias, residual, *key)
+    return _BiasDropoutResidual.apply(x, bias, residual, *key, backend)

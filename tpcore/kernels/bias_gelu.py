@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
-from tpcore.kernels.backend import choose
+from tpcore.kernels.backend import choose, raw_ops
 from tpcore.kernels.rows import as_parameter_grad, as_rows, as_vector, in_shape_of
 
 APPROXIMATIONS = ("none", "tanh", "erf_1.41421")
@@ -31,23 +31,24 @@ APPROXIMATIONS = ("none", "tanh", "erf_1.41421")
 
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, approximate: str, backend: str) -> Tensor:
         rows = as_rows(x, x.shape[-1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows, bias)
         ctx.approximate = approximate
+        ctx.backend = backend
         return in_shape_of(
-            torch.ops.tpcore.bias_gelu_forward(rows, as_vector(bias), approximate), x
+            raw_ops(backend).bias_gelu_forward(rows, as_vector(bias), approximate), x
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
-            return None, None, None
+            return None, None, None, None
         rows, bias = ctx.saved_tensors
-        need_x, need_bias, _ = ctx.needs_input_grad
-        grad_x, grad_bias = torch.ops.tpcore.bias_gelu_backward(
+        need_x, need_bias = ctx.needs_input_grad[:2]
+        grad_x, grad_bias = raw_ops(ctx.backend).bias_gelu_backward(
             as_rows(grad_y, rows.shape[1]),
             rows,
             as_vector(bias),
@@ -58,6 +59,7 @@ class _BiasGelu(torch.autograd.Function):
         return (
             in_shape_of(grad_x, grad_y) if need_x else None,
             as_parameter_grad(grad_bias, bias) if need_bias else None,
+            None,
             None,
         )
 
@@ -87,7 +89,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") 
             f"bias has shape {tuple(bias.shape)}; expected {tuple(x.shape[-1:])}, the last "
             "dimension of x"
         )
-    if choose("bias_gelu", x, bias) == "reference" or x.shape[-1] == 0:
+    backend = choose("bias_gelu", x, bias)
+    if backend == "reference" or x.shape[-1] == 0:
         with without_autocast(x.device.type):
             return reference.bias_gelu(x, bias, approximate)
-    return _BiasGelu.apply(x, bias, approximate)
+    return _BiasGelu.apply(x, bias, approximate, backend)

@@ -29,11 +29,15 @@ from torch.autograd.function import once_differentiable
 
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
-from tpcore.kernels.backend import choose
+from tpcore.kernels.backend import choose, raw_ops
 from tpcore.kernels.rows import with_dense_rows
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 Combine = Callable[[Tensor, Tensor, Tensor, Tensor], Statistics]
+
+
+def _ops(backend: str) -> Any:
+    return reference if backend == "reference" else raw_ops(backend)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -47,9 +51,9 @@ class _CrossEntropy(torch.autograd.Function):
         ignore_index: int,
         label_smoothing: float,
         combine: Combine | None,
-        native: bool,
+        backend: str,
     ) -> Tensor:
-        ops = torch.ops.tpcore if native else reference
+        ops = _ops(backend)
         logits, target = with_dense_rows(logits), with_dense_rows(target)
         with without_autocast(logits.device.type):
             statistics = ops.cross_entropy_statistics(
@@ -65,7 +69,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, maximum, sum_exp)
         ctx.constants = vocab_start, num_classes, ignore_index, label_smoothing
-        ctx.native = native
+        ctx.backend = backend
         return loss
 
     @staticmethod
@@ -74,7 +78,7 @@ class _CrossEntropy(torch.autograd.Function):
         grad_logits = None
         if grad_loss is not None:
             logits, target, maximum, sum_exp = ctx.saved_tensors
-            ops = torch.ops.tpcore if ctx.native else reference
+            ops = _ops(ctx.backend)
             with without_autocast(logits.device.type):
                 grad_logits = ops.cross_entropy_backward(
                     with_dense_rows(grad_loss), logits, target, maximum, sum_exp, *ctx.constants
@@ -140,9 +144,9 @@ def cross_entropy(
         )
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_targets(target, num_classes, ignore_index)
-    native = choose("cross_entropy", logits) != "reference"
+    backend = choose("cross_entropy", logits)
     return _CrossEntropy.apply(
-        logits, target, vocab_start, num_classes, ignore_index, label_smoothing, combine, native
+        logits, target, vocab_start, num_classes, ignore_index, label_smoothing, combine, backend
     )
 
 

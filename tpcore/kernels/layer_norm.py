@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
-from tpcore.kernels.backend import choose
+from tpcore.kernels.backend import choose, raw_ops
 from tpcore.kernels.rows import as_parameter_grad, as_rows, as_vector, in_shape_of
 
 
@@ -37,23 +37,26 @@ class _LayerNorm(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
         num_columns: int,
+        backend: str,
     ) -> Tensor:
         rows = as_rows(x, num_columns)
-        y, mean, rstd = torch.ops.tpcore.layer_norm_forward(
+        y, mean, rstd = raw_ops(backend).layer_norm_forward(
             rows, as_vector(weight), as_vector(bias), eps
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows, weight, bias, mean, rstd)
+        ctx.backend = backend
         return in_shape_of(y, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_y is None:
-            return None, None, None, None, None
+            return None, None, None, None, None, None
         needs = ctx.needs_input_grad[:3]
         rows, weight, bias, mean, rstd = ctx.saved_tensors
-        return *_backward(needs, grad_y, rows, weight, bias, mean, rstd, None), None, None
+        grads = _backward(ctx.backend, needs, grad_y, rows, weight, bias, mean, rstd, None)
+        return *grads, None, None, None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -65,9 +68,10 @@ class _AddLayerNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
         num_columns = x.shape[-1]
-        y, total, mean, rstd = torch.ops.tpcore.add_layer_norm_forward(
+        y, total, mean, rstd = raw_ops(backend).add_layer_norm_forward(
             as_rows(x, num_columns),
             as_rows(residual, num_columns),
             as_vector(weight),
@@ -78,6 +82,7 @@ class _AddLayerNorm(torch.autograd.Function):
         total = in_shape_of(total, x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, weight, bias, mean, rstd)
+        ctx.backend = backend
         return in_shape_of(y, x), total
 
     @staticmethod
@@ -86,13 +91,13 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if grad_y is None:
-            return grad_total, grad_total, None, None, None
-        need_x, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
+            return grad_total, grad_total, None, None, None, None
+        need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         needs = (need_x or need_residual, need_weight, need_bias)
         total, weight, bias, mean, rstd = ctx.saved_tensors
         rows = as_rows(total, total.shape[-1])
         grad_x, grad_weight, grad_bias = _backward(
-            needs, grad_y, rows, weight, bias, mean, rstd, grad_total
+            ctx.backend, needs, grad_y, rows, weight, bias, mean, rstd, grad_total
         )
         return (
             grad_x if need_x else None,
@@ -100,10 +105,12 @@ class _AddLayerNorm(torch.autograd.Function):
             grad_weight,
             grad_bias,
             None,
+            None,
         )
 
 
 def _backward(
+    backend: str,
     needs: tuple[bool, bool, bool],
     grad_y: Tensor,
     rows: Tensor,
@@ -114,7 +121,7 @@ def _backward(
     grad_total: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     num_columns = rows.shape[1]
-    grad_x, grad_weight, grad_bias = torch.ops.tpcore.layer_norm_backward(
+    grad_x, grad_weight, grad_bias = raw_ops(backend).layer_norm_backward(
         as_rows(grad_y, num_columns),
         rows,
         mean,
@@ -182,10 +189,11 @@ def layer_norm(
     """
     shape = _check_normalized_shape(x, weight, bias, normalized_shape)
     num_columns = math.prod(shape)
-    if choose("layer_norm", x, weight, bias) == "reference" or num_columns == 0:
+    backend = choose("layer_norm", x, weight, bias)
+    if backend == "reference" or num_columns == 0:
         with without_autocast(x.device.type):
             return reference.layer_norm(x, shape, weight, bias, eps)
-    return _LayerNorm.apply(x, weight, bias, eps, num_columns)
+    return _LayerNorm.apply(x, weight, bias, eps, num_columns, backend)
 
 
 def add_layer_norm(
@@ -223,8 +231,9 @@ def add_layer_norm(
     if x.dtype != residual.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
-    if choose("add_layer_norm", x, weight, bias) == "reference" or shape[0] == 0:
+    backend = choose("add_layer_norm", x, weight, bias)
+    if backend == "reference" or shape[0] == 0:
         with without_autocast(x.device.type):
             total = x + residual
             return reference.layer_norm(total, shape, weight, bias, eps), total
-    return _AddLayerNorm.apply(x, residual, weight, bias, eps)
+    return _AddLayerNorm.apply(x, residual, weight, bias, eps, backend)

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from tpcore._native import check_dropout_key
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
-from tpcore.kernels.backend import choose
+from tpcore.kernels.backend import choose, raw_ops
 from tpcore.kernels.rows import with_dense_rows
 
 
@@ -39,8 +39,9 @@ class _MaskedSoftmax(torch.autograd.Function):
         stream: int,
         row_ids: Tensor | None,
         head_offset: int,
+        backend: str,
     ) -> Tensor:
-        y, probs = torch.ops.tpcore.masked_softmax_forward(
+        y, probs = raw_ops(backend).masked_softmax_forward(
             with_dense_rows(scores),
             mask,
             scale,
@@ -54,6 +55,7 @@ class _MaskedSoftmax(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(probs if dropout_p > 0 else y, seed, row_ids)
         ctx.constants = scale, dropout_p, stream, head_offset
+        ctx.backend = backend
         return y
 
     @staticmethod
@@ -63,7 +65,7 @@ class _MaskedSoftmax(torch.autograd.Function):
         if grad_y is not None:
             probs, seed, row_ids = ctx.saved_tensors
             scale, dropout_p, stream, head_offset = ctx.constants
-            grad_scores = torch.ops.tpcore.masked_softmax_backward(
+            grad_scores = raw_ops(ctx.backend).masked_softmax_backward(
                 with_dense_rows(grad_y),
                 probs,
                 scale,
@@ -73,7 +75,7 @@ class _MaskedSoftmax(torch.autograd.Function):
                 row_ids,
                 head_offset,
             )
-        return grad_scores, None, None, None, None, None, None, None, None
+        return grad_scores, *[None] * 9
 
 
 def _check(
@@ -146,7 +148,8 @@ def masked_softmax(
     """
     _check(scores, mask, dropout_p, seed, stream, row_ids)
     key = (dropout_p, seed, stream, row_ids, head_offset)
-    if choose("masked_softmax", scores) == "reference" or scores.shape[3] == 0:
+    backend = choose("masked_softmax", scores)
+    if backend == "reference" or scores.shape[3] == 0:
         with without_autocast(scores.device.type):
             return reference.masked_softmax(scores, mask, scale, causal, *key)
-    return _MaskedSoftmax.apply(scores, mask, scale, causal, *key)
+    return _MaskedSoftmax.apply(scores, mask, scale, causal, *key, backend)
