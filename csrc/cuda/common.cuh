@@ -8,6 +8,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "tpcore/kernels.h"
 #include "tpcore/math.h"
 
@@ -53,6 +55,10 @@ TPCORE_DEVICE A infinity() {
   return static_cast<A>(__builtin_huge_val());
 }
 
+TPCORE_FUNCTION int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+TPCORE_FUNCTION int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+TPCORE_FUNCTION int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
 // --- Vectors ---
 
 // As many elements of the activations as the widest access moves.
@@ -78,15 +84,15 @@ TPCORE_DEVICE Vector<A, N> filled(A value) {
 
 // The bits of an element in memory, and how words of 32 bits hold several of them.
 template <int bytes>
-struct Element;
-template <>
-struct Element<2> {
-  using Bits = uint16_t;
+struct Element {  // 1 or 2
+  using Bits = std::conditional_t<bytes == 1, uint8_t, uint16_t>;
+  static constexpr int kPerWord = 4 / bytes;
   static TPCORE_DEVICE Bits get(const uint32_t* words, int i) {
-    return static_cast<Bits>(words[i / 2] >> 16 * (i % 2));
+    return static_cast<Bits>(words[i / kPerWord] >> 8 * bytes * (i % kPerWord));
   }
   static TPCORE_DEVICE void put(uint32_t* words, int i, Bits bits) {  // in ascending order
-    words[i / 2] = (i % 2 ? words[i / 2] : 0u) | static_cast<uint32_t>(bits) << 16 * (i % 2);
+    const uint32_t below = i % kPerWord == 0 ? 0u : words[i / kPerWord];
+    words[i / kPerWord] = below | static_cast<uint32_t>(bits) << 8 * bytes * (i % kPerWord);
   }
 };
 template <>
@@ -107,25 +113,29 @@ struct Element<8> {
   }
 };
 
+constexpr size_t alignment_of(size_t bytes) {
+  return bytes > kVectorBytes ? kVectorBytes : bytes < 4 ? 4 : bytes;
+}
+
 // N consecutive elements of T as they stand in memory. Words, not elements: a vector that has been
 // asked for stays one piece, nothing waits for it, until somebody computes with it.
 template <class T, int N>
-struct alignas(sizeof(T) * N < kVectorBytes ? sizeof(T) * N : kVectorBytes) Packed {
+struct alignas(alignment_of(sizeof(T) * N)) Packed {
   using Elements = Element<sizeof(T)>;
-  uint32_t words[sizeof(T) * N / sizeof(uint32_t)];
+  static constexpr int kBytes = sizeof(T) * N;
+  uint32_t words[(kBytes + 3) / 4];
 
   TPCORE_DEVICE Acc<T> operator[](int i) const { return number(i, static_cast<T*>(nullptr)); }
+  TPCORE_DEVICE typename Elements::Bits bits(int i) const { return Elements::get(words, i); }
 
  private:
   TPCORE_DEVICE float number(int i, float*) const { return float_from_bits(words[i]); }
-  TPCORE_DEVICE double number(int i, double*) const {
-    return double_from_bits(Elements::get(words, i));
-  }
+  TPCORE_DEVICE double number(int i, double*) const { return double_from_bits(bits(i)); }
   TPCORE_DEVICE float number(int i, BFloat16*) const {
     return float_from_bits(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
   }
   TPCORE_DEVICE float number(int i, Float16*) const {
-    return __half2float(__ushort_as_half(Elements::get(words, i)));
+    return __half2float(__ushort_as_half(bits(i)));
   }
 };
 
@@ -172,10 +182,19 @@ struct Lanes {
   int first, last;
 };
 
-// Those of the vector that starts at `begin` in a row of `size`.
+// Those of the vector that starts at `begin` in a row of `size`. It may start before the row, and
+// beyond its end: then none exists.
 template <int N>
 TPCORE_DEVICE Lanes lanes_at(int64_t begin, int64_t size) {
-  return {0, size - begin < N ? static_cast<int>(size - begin) : N};
+  const int64_t rest = size - begin;
+  return {begin < 0 ? static_cast<int>(-begin) : 0, rest >= N ? N : static_cast<int>(rest)};
+}
+
+// How many elements before `row` the last address stands at which a vector may start: rows that are
+// cut into vectors from there on move whole vectors, whatever their length and address.
+template <int N, class T>
+TPCORE_DEVICE int misalignment(const T* row) {
+  return static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T) % N);
 }
 
 template <class V, class T>
@@ -190,7 +209,7 @@ template <int N, class T>
 TPCORE_DEVICE Packed<T, N> load(const T* source, Lanes lanes) {
   using V = Packed<T, N>;
   using Bits = typename V::Elements::Bits;
-  if (lanes.first == 0 && lanes.last == N && is_aligned<V>(source)) {
+  if (sizeof(V) == V::kBytes && lanes.first == 0 && lanes.last == N && is_aligned<V>(source)) {
     return *reinterpret_cast<const V*>(source);
   }
   V result;
@@ -220,7 +239,7 @@ TPCORE_DEVICE void store(T* target, Lanes lanes, const Packed<T, N>& packed) {
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (i >= lanes.first && i < lanes.last) {
-      reinterpret_cast<Bits*>(target)[i] = V::Elements::get(packed.words, i);
+      reinterpret_cast<Bits*>(target)[i] = packed.bits(i);
     }
   }
 }
@@ -229,6 +248,28 @@ template <class T>
 TPCORE_DEVICE T* row_of(const Matrix& matrix, int64_t row) {
   return static_cast<T*>(matrix.data) + row * matrix.row_stride;
 }
+
+// Where row (batch, head, query) of a [batch, heads, queries, ..] tensor is.
+struct ScoreRow {
+  int64_t batch, head, query;
+
+  TPCORE_DEVICE ScoreRow(int64_t row, int64_t heads, int64_t queries) {
+    if ((row | heads | queries) >> 32 == 0) {  // 64-bit division is several times as slow
+      const uint32_t r = static_cast<uint32_t>(row), q = static_cast<uint32_t>(queries);
+      const uint32_t matrix = r / q, h = static_cast<uint32_t>(heads);
+      batch = matrix / h;
+      head = matrix % h;
+      query = r % q;
+    } else {
+      batch = row / queries / heads;
+      head = row / queries % heads;
+      query = row % queries;
+    }
+  }
+  TPCORE_DEVICE int64_t offset(const int64_t* strides) const {
+    return batch * strides[0] + head * strides[1] + query * strides[2];
+  }
+};
 
 // --- Warps ---
 
@@ -255,12 +296,13 @@ struct Larger {  // a NaN loses; it comes back with the sum
   TPCORE_DEVICE double operator()(double a, double b) const { return fmax(a, b); }
 };
 
-// `operation` over the lanes of a full warp: the same bits on every lane, since each step combines
-// the same two numbers on both sides.
+// `operation` over each group of `width` lanes, a power of two, of a full warp: the same bits on
+// every lane, since each step combines the same two numbers on both sides.
 template <class A, class Operation>
-TPCORE_DEVICE A warp_reduce(A value, Operation operation) {
+TPCORE_DEVICE A warp_reduce(A value, Operation operation, int width = kWarp) {
 #pragma unroll
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    if (distance >= width) continue;
     value = operation(value, __shfl_xor_sync(0xffffffffu, value, distance));
   }
   return value;
@@ -294,10 +336,6 @@ Status dispatch_types(DType dtype, DType parameter_dtype, const Function& functi
   return cudaErrorInvalidValue;
 }
 
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
 inline int64_t multiprocessors() {
   int device = 0, count = 0;
   const bool known =
@@ -309,6 +347,8 @@ inline int64_t multiprocessors() {
 // Sums over rows are split into at most so many per multiprocessor: each costs a write and a read
 // of a row of sums.
 constexpr int kPartialsPerSm = 4;
+// Blocks of kTileThreads that fill a multiprocessor.
+constexpr int kBlocksPerSm = 8;
 
 // Blocks for `work` pieces that a grid-stride loop takes: enough to fill the device several times
 // over, and far from the limits of a grid.

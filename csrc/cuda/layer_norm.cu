@@ -23,38 +23,41 @@ __global__ void __launch_bounds__(kMaxThreads) forward(LayerNormForward args) {
   RowReducer<A, 1> reduce(scratch);
   const P* weight = static_cast<const P*>(args.weight);
   const P* bias = static_cast<const P*>(args.bias);
+  const int64_t columns = args.columns;
 
   for_each_row(args.rows, [&](int64_t row) {
-    const int64_t columns = row < args.rows ? args.columns : 0;
+    const int64_t vectors = row < args.rows ? divide_up(columns, N) : 0;
     const T* x = row_of<T>(args.x, row);
     const T* residual = args.residual.data ? row_of<T>(args.residual, row) : nullptr;
-    T* total = static_cast<T*>(args.total) + row * args.columns;
-    T* y = static_cast<T*>(args.y) + row * args.columns;
-    const auto produce = [&](int64_t begin, Lanes lanes) {
+    T* total = static_cast<T*>(args.total) + row * columns;
+    T* y = static_cast<T*>(args.y) + row * columns;
+    const auto produce = [&](int64_t number) {
+      const int64_t begin = number * N;
+      const Lanes lanes = lanes_at<N>(begin, columns);
       Packed<T, N> vector = load<N>(x + begin, lanes);
       if (residual != nullptr) {
-        Vector<A, N> sum = widen(vector);
-        const Vector<A, N> other = widen(load<N>(residual + begin, lanes));
+        Vector<A, N> sum = widen(load<N>(residual + begin, lanes));
 #pragma unroll
-        for (int i = 0; i < N; ++i) sum[i] += other[i];
+        for (int i = 0; i < N; ++i) sum[i] += vector[i];
         vector = narrow<T>(sum);
         store(total + begin, lanes, vector);
       }
       return vector;
     };
     Row held;
-    held.fill(columns, produce);
+    held.fill(vectors, produce);
 
     A sum[1] = {0};
-    held.for_each(columns, produce, [&](int64_t, Lanes, const Packed<T, N>& vector) {
+    held.for_each(vectors, produce, [&](int64_t, const Packed<T, N>& vector) {
 #pragma unroll
       for (int i = 0; i < N; ++i) sum[0] += vector[i];  // missing elements are 0
     });
     reduce(sum, Plus());
-    const A mean = sum[0] / static_cast<A>(args.columns);
+    const A mean = sum[0] / static_cast<A>(columns);
 
     A squares[1] = {0};
-    held.for_each(columns, produce, [&](int64_t, Lanes lanes, const Packed<T, N>& vector) {
+    held.for_each(vectors, produce, [&](int64_t number, const Packed<T, N>& vector) {
+      const Lanes lanes = lanes_at<N>(number * N, columns);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const A difference = i < lanes.last ? vector[i] - mean : A(0);
@@ -62,10 +65,12 @@ __global__ void __launch_bounds__(kMaxThreads) forward(LayerNormForward args) {
       }
     });
     reduce(squares, Plus());
-    const A variance = squares[0] / static_cast<A>(args.columns);
+    const A variance = squares[0] / static_cast<A>(columns);
     const A rstd = A(1) / square_root(variance + static_cast<A>(args.eps));
 
-    held.for_each(columns, produce, [&](int64_t begin, Lanes lanes, const Packed<T, N>& vector) {
+    held.for_each(vectors, produce, [&](int64_t number, const Packed<T, N>& vector) {
+      const int64_t begin = number * N;
+      const Lanes lanes = lanes_at<N>(begin, columns);
       const Vector<A, N> w = load_or<N>(weight, begin, lanes, A(1));
       const Vector<A, N> b = load_or<N>(bias, begin, lanes, A(0));
       Vector<A, N> result;
@@ -98,13 +103,20 @@ struct RowStatistics {
   }
 };
 
-// grad_x of one vector, from the two means over its row.
+template <class A>
+struct RowMeans {
+  A g, g_xhat;
+  TPCORE_DEVICE RowMeans(const A (&sums)[2], int64_t columns)
+      : g(sums[0] / static_cast<A>(columns)), g_xhat(sums[1] / static_cast<A>(columns)) {}
+};
+
+// grad_x of one vector.
 template <class T, class P, int N>
 TPCORE_DEVICE void store_grad_x(const LayerNormBackward& args, int64_t row, int64_t begin,
-                                Lanes lanes, const Packed<T, N>& grad_y, const Packed<T, N>& x,
-                                const RowStatistics<Acc<T>>& of, Acc<T> mean_g,
-                                Acc<T> mean_g_xhat) {
+                                const Packed<T, N>& grad_y, const Packed<T, N>& x,
+                                const RowStatistics<Acc<T>>& of, const RowMeans<Acc<T>>& means) {
   using A = Acc<T>;
+  const Lanes lanes = lanes_at<N>(begin, args.columns);
   const T* grad_total = args.grad_total.data ? row_of<T>(args.grad_total, row) : nullptr;
   const Vector<A, N> w = load_or<N>(static_cast<const P*>(args.weight), begin, lanes, A(1));
   Vector<A, N> result = load_or<N>(grad_total, begin, lanes, A(0));
@@ -112,7 +124,7 @@ TPCORE_DEVICE void store_grad_x(const LayerNormBackward& args, int64_t row, int6
   for (int i = 0; i < N; ++i) {
     const A xhat = (x[i] - of.mean) * of.rstd;
     const A g = grad_y[i] * w[i];
-    result[i] = multiply_add(g - mean_g - xhat * mean_g_xhat, of.rstd, result[i]);
+    result[i] = multiply_add(g - means.g - xhat * means.g_xhat, of.rstd, result[i]);
   }
   store(static_cast<T*>(args.grad_x) + row * args.columns + begin, lanes, narrow<T>(result));
 }
@@ -130,26 +142,27 @@ __global__ void __launch_bounds__(kBackwardThreads) backward(LayerNormBackward a
   for (int k = 0; k < K; ++k) weight_sums[k] = bias_sums[k] = filled<A, N>(0);
 
   for_each_row(args.rows, [&](int64_t row) {
-    const int64_t columns = row < args.rows ? args.columns : 0;
+    const int64_t vectors = row < args.rows ? divide_up(args.columns, N) : 0;
     const RowStatistics<A> of(args, row);
-    RegisterRow<T, K> x, grad_y;
-    x.fill(columns, [&](int64_t begin, Lanes lanes) {
-      return load<N>(row_of<T>(args.x, row) + begin, lanes);
+    RegisterRow<Packed<T, N>, K> x, grad_y;
+    x.fill(vectors, [&](int64_t number) {
+      const int64_t begin = number * N;
+      return load<N>(row_of<T>(args.x, row) + begin, lanes_at<N>(begin, args.columns));
     });
-    grad_y.fill(columns, [&](int64_t begin, Lanes lanes) {
-      return load<N>(row_of<T>(args.grad_y, row) + begin, lanes);
+    grad_y.fill(vectors, [&](int64_t number) {
+      const int64_t begin = number * N;
+      return load<N>(row_of<T>(args.grad_y, row) + begin, lanes_at<N>(begin, args.columns));
     });
     A sums[2] = {0, 0};
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const int64_t begin = x.begin_of(k);
-      if (begin >= columns) continue;
-      const Lanes lanes = lanes_at<N>(begin, columns);
-      const Vector<A, N> w = load_or<N>(weight, begin, lanes, A(1));
+      const int64_t begin = x.number(k) * N;
+      if (x.number(k) >= vectors) continue;
+      const Vector<A, N> w = load_or<N>(weight, begin, lanes_at<N>(begin, args.columns), A(1));
 #pragma unroll
       for (int i = 0; i < N; ++i) {  // where an element is missing, dy is 0
-        const A xhat = (x.vectors[k][i] - of.mean) * of.rstd;
-        const A dy = grad_y.vectors[k][i], g = dy * w[i];
+        const A xhat = (x.held[k][i] - of.mean) * of.rstd;
+        const A dy = grad_y.held[k][i], g = dy * w[i];
         sums[0] += g;
         sums[1] = multiply_add(g, xhat, sums[1]);
         weight_sums[k][i] = multiply_add(dy, xhat, weight_sums[k][i]);
@@ -158,21 +171,18 @@ __global__ void __launch_bounds__(kBackwardThreads) backward(LayerNormBackward a
     }
     if (args.grad_x == nullptr) return;
     reduce(sums, Plus());
-    const A mean_g = sums[0] / static_cast<A>(args.columns);
-    const A mean_g_xhat = sums[1] / static_cast<A>(args.columns);
+    const RowMeans<A> means(sums, args.columns);
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const int64_t begin = x.begin_of(k);
-      if (begin >= columns) continue;
-      store_grad_x<T, P>(args, row, begin, lanes_at<N>(begin, columns), grad_y.vectors[k],
-                         x.vectors[k], of, mean_g, mean_g_xhat);
+      if (x.number(k) >= vectors) continue;
+      store_grad_x<T, P>(args, row, x.number(k) * N, grad_y.held[k], x.held[k], of, means);
     }
   });
 
   A* partial = static_cast<A*>(args.partials) + 2 * blockIdx.x * args.columns;
 #pragma unroll
   for (int k = 0; k < K; ++k) {
-    const int64_t begin = RegisterRow<T, K>::begin_of(k);
+    const int64_t begin = RegisterRow<Packed<T, N>, K>::number(k) * N;
     if (args.grad_weight) add_over_rows(weight_sums[k], add_scratch, partial, begin, args.columns);
     if (args.grad_bias) {
       add_over_rows(bias_sums[k], add_scratch, partial + args.columns, begin, args.columns);
@@ -188,16 +198,20 @@ __global__ void __launch_bounds__(kMaxThreads) backward_long_rows(LayerNormBackw
   __shared__ typename RowReducer<A, 2>::Scratch scratch;
   RowReducer<A, 2> reduce(scratch);
   const P* weight = static_cast<const P*>(args.weight);
+  const int64_t vectors = divide_up(args.columns, N);
   for_each_row(args.rows, [&](int64_t row) {
     const RowStatistics<A> of(args, row);
     const T* grad_y = row_of<T>(args.grad_y, row);
-    const auto produce = [&](int64_t begin, Lanes lanes) {
-      return load<N>(row_of<T>(args.x, row) + begin, lanes);
+    const auto produce = [&](int64_t number) {
+      const int64_t begin = number * N;
+      return load<N>(row_of<T>(args.x, row) + begin, lanes_at<N>(begin, args.columns));
     };
     A sums[2] = {0, 0};
-    MemoryRow<T> held;
-    held.for_each(args.columns, produce, [&](int64_t begin, Lanes lanes, const Packed<T, N>& x) {
-      const Vector<A, N> dy = widen(load<N>(grad_y + begin, lanes));
+    MemoryRow<Packed<T, N>> held;
+    held.for_each(vectors, produce, [&](int64_t number, const Packed<T, N>& x) {
+      const int64_t begin = number * N;
+      const Lanes lanes = lanes_at<N>(begin, args.columns);
+      const Packed<T, N> dy = load<N>(grad_y + begin, lanes);
       const Vector<A, N> w = load_or<N>(weight, begin, lanes, A(1));
 #pragma unroll
       for (int i = 0; i < N; ++i) {
@@ -207,11 +221,11 @@ __global__ void __launch_bounds__(kMaxThreads) backward_long_rows(LayerNormBackw
       }
     });
     reduce(sums, Plus());
-    const A mean_g = sums[0] / static_cast<A>(args.columns);
-    const A mean_g_xhat = sums[1] / static_cast<A>(args.columns);
-    held.for_each(args.columns, produce, [&](int64_t begin, Lanes lanes, const Packed<T, N>& x) {
-      const Packed<T, N> dy = load<N>(grad_y + begin, lanes);
-      store_grad_x<T, P>(args, row, begin, lanes, dy, x, of, mean_g, mean_g_xhat);
+    const RowMeans<A> means(sums, args.columns);
+    held.for_each(vectors, produce, [&](int64_t number, const Packed<T, N>& x) {
+      const int64_t begin = number * N;
+      const Packed<T, N> dy = load<N>(grad_y + begin, lanes_at<N>(begin, args.columns));
+      store_grad_x<T, P>(args, row, begin, dy, x, of, means);
     });
   });
 }
@@ -254,9 +268,10 @@ Status layer_norm_forward(const LayerNormForward& args, Stream stream) {
     const dim3 block = row_block(vectors, kForwardVectors, kMaxThreads, 128);
     const dim3 grid(static_cast<unsigned>(grid_for(divide_up(args.rows, block.y))));
     const bool fits = vectors <= kForwardVectors * kMaxThreads;
-    return launch(
-        fits ? forward<T, P, RegisterRow<T, kForwardVectors>> : forward<T, P, MemoryRow<T>>, grid,
-        block, stream, args);
+    using V = Packed<T, kVector<T>>;
+    const auto kernel =
+        fits ? forward<T, P, RegisterRow<V, kForwardVectors>> : forward<T, P, MemoryRow<V>>;
+    return launch(kernel, grid, block, stream, args);
   });
 }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Kernels that reduce along rows. A block is (x, y): x threads along a row, whole warps; y rows. A
-// row goes through its threads in steps of blockDim.x vectors, so that neighbours in a warp read
-// neighbours in memory.
+// Kernels that reduce along rows. A block is (x, y): x threads along a row, a power of two within
+// a warp or whole warps; y rows. A row goes through its threads in steps of x vectors, so that
+// neighbours in a warp read neighbours in memory.
 #pragma once
 
 #include "common.cuh"
@@ -9,11 +9,13 @@
 namespace tpcore {
 namespace cuda {
 
-// The block for rows of so many vectors, `per_thread` of them in the registers of a thread if it
-// has at most `max_threads`; short rows share a block of about `threads`.
+// The block for rows of so many vectors, at most `per_thread` of them to a thread as far as
+// `max_threads` go; short rows share a block of `threads`.
 inline dim3 row_block(int64_t vectors, int per_thread, int max_threads, int threads) {
-  const int64_t warps = divide_up(vectors, static_cast<int64_t>(per_thread) * kWarp);
-  const int64_t x = smaller(larger(warps, 1) * kWarp, max_threads);
+  const int64_t wanted = divide_up(vectors, per_thread);
+  int64_t x = 4;
+  while (x < wanted && x < kWarp) x *= 2;
+  if (wanted > kWarp) x = smaller(divide_up(wanted, kWarp) * kWarp, max_threads);
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(larger(threads / x, 1)));
 }
 
@@ -27,45 +29,45 @@ TPCORE_DEVICE void for_each_row(int64_t rows, const Body& body) {
   }
 }
 
-// The part of a row that a thread holds: the vectors at (k * blockDim.x + threadIdx.x) * kVector.
-template <class T, int K>
+// The vectors of a row that a thread holds: numbers k * blockDim.x + threadIdx.x.
+template <class V, int K>
 struct RegisterRow {
-  Packed<T, kVector<T>> vectors[K];
+  static constexpr bool kRemembers = true;
+  V held[K];
 
-  static TPCORE_DEVICE int64_t begin_of(int k) {
-    return static_cast<int64_t>(k * blockDim.x + threadIdx.x) * kVector<T>;
+  static TPCORE_DEVICE int64_t number(int k) {
+    return static_cast<int64_t>(k) * blockDim.x + threadIdx.x;
   }
-  // Fetches produce(begin, lanes) for each of them that starts within the row.
+  // Fetches produce(number) for each of them that the row has.
   template <class Produce>
-  TPCORE_DEVICE void fill(int64_t columns, const Produce& produce) {
+  TPCORE_DEVICE void fill(int64_t vectors, const Produce& produce) {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const int64_t begin = begin_of(k);
-      if (begin < columns) vectors[k] = produce(begin, lanes_at<kVector<T>>(begin, columns));
+      if (number(k) < vectors) held[k] = produce(number(k));
     }
   }
-  // visit(begin, lanes, vector)
+  // visit(number, vector), which may change what is held.
   template <class Produce, class Visit>
-  TPCORE_DEVICE void for_each(int64_t columns, const Produce&, const Visit& visit) const {
+  TPCORE_DEVICE void for_each(int64_t vectors, const Produce&, const Visit& visit) {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const int64_t begin = begin_of(k);
-      if (begin < columns) visit(begin, lanes_at<kVector<T>>(begin, columns), vectors[k]);
+      if (number(k) < vectors) visit(number(k), held[k]);
     }
   }
 };
 
-// A row that does not fit: it is produced anew on each visit.
-template <class T>
+// A row that does not fit: it is produced anew on each visit, and forgotten.
+template <class V>
 struct MemoryRow {
+  static constexpr bool kRemembers = false;
+
   template <class Produce>
   TPCORE_DEVICE void fill(int64_t, const Produce&) {}
   template <class Produce, class Visit>
-  TPCORE_DEVICE void for_each(int64_t columns, const Produce& produce, const Visit& visit) const {
-    const int64_t step = static_cast<int64_t>(blockDim.x) * kVector<T>;
-    for (int64_t begin = threadIdx.x * kVector<T>; begin < columns; begin += step) {
-      const Lanes lanes = lanes_at<kVector<T>>(begin, columns);
-      visit(begin, lanes, produce(begin, lanes));
+  TPCORE_DEVICE void for_each(int64_t vectors, const Produce& produce, const Visit& visit) {
+    for (int64_t number = threadIdx.x; number < vectors; number += blockDim.x) {
+      V vector = produce(number);
+      visit(number, vector);
     }
   }
 };
@@ -82,8 +84,8 @@ class RowReducer {
   template <class Operation>
   TPCORE_DEVICE void operator()(A (&values)[N], Operation operation) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) values[n] = warp_reduce(values[n], operation);
-    if (blockDim.x == kWarp) return;
+    for (int n = 0; n < N; ++n) values[n] = warp_reduce(values[n], operation, blockDim.x);
+    if (blockDim.x <= kWarp) return;
     const int warps = blockDim.x / kWarp, lane = threadIdx.x % kWarp;
     const int first = threadIdx.y * warps;
     if (lane == 0) {

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from tests.cuda.arguments import Buffer
+from tpcore import _native
 
 ROOT = Path(__file__).parents[2]
 KERNELS, EMULATION = ROOT / "csrc/cuda", ROOT / "tests/cuda_emulation"
@@ -162,6 +163,32 @@ def matrix(tensor: Tensor | None, padding: int = 0, offset: int = 0) -> dict[str
     wide[:, :columns] = tensor
     flat = wide.flatten()[: max(0, wide.numel() - padding)]
     return {"data": Buffer(_bytes(flat), offset), "row_stride": columns + padding}
+
+
+def dropout_key(
+    p: float,
+    seed: int,
+    stream: int,
+    row_ids: Tensor,
+    column_offset: int = 0,
+    head_offset: int = 0,
+) -> dict[str, Any] | None:
+    """A DropoutKey; none for p = 0."""
+    if p == 0:
+        return None
+    return {
+        "threshold": _native.dropout_threshold(p),
+        "stream": stream,
+        "row_ids": vector(row_ids),
+        "column_offset": column_offset,
+        "head_offset": head_offset,
+        "device_seed": vector(torch.tensor([seed])),
+    }
+
+
+def sums_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which statistics and parameter gradients come."""
+    return _native.accumulation_dtype(dtype)
 
 
 class Device:

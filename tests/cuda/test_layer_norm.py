@@ -6,17 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.cuda.device import Output, matrix, vector
+from tests.cuda.device import Output, matrix, sums_dtype, vector
 from tests.helpers.numerics import assert_as_accurate_as_torch
 from tests.kernels.harness import by_dtype
 
 # Odd; one warp exactly; a warp's row of some vectors; several warps; a tail in each.
 SHAPES = [(5, 3), (2, 256), (70, 67), (3, 1032), (2, 2309)]
 EPS = 1e-5
-
-
-def _sums(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _forward(device, x, weight, bias, residual=None, padding=0, offset=0, **settings):
@@ -35,8 +31,8 @@ def _forward(device, x, weight, bias, residual=None, padding=0, offset=0, **sett
         bias=vector(bias, offset and bias.element_size()),
         total=Output(x.shape, x.dtype, offset) if residual is not None else None,
         y=Output(x.shape, x.dtype, offset),
-        mean=Output((rows,), _sums(x.dtype)),
-        rstd=Output((rows,), _sums(x.dtype)),
+        mean=Output((rows,), sums_dtype(x.dtype)),
+        rstd=Output((rows,), sums_dtype(x.dtype)),
         **settings,
     )
 
@@ -57,9 +53,9 @@ def _backward(device, grad_y, x, saved, weight, grad_total=None, padding=0, offs
         rstd=vector(saved["rstd"]),
         weight=vector(weight),
         grad_x=Output(x.shape, x.dtype, offset),
-        grad_weight=Output((columns,), _sums(x.dtype)),
-        grad_bias=Output((columns,), _sums(x.dtype)),
-        partials=Output((sums, 2, columns), _sums(x.dtype)),
+        grad_weight=Output((columns,), sums_dtype(x.dtype)),
+        grad_bias=Output((columns,), sums_dtype(x.dtype)),
+        partials=Output((sums, 2, columns), sums_dtype(x.dtype)),
         **settings,
     )
     del found["partials"]  # of which some may never have been needed

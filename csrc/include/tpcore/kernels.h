@@ -243,6 +243,15 @@ using Status = int;           // cudaError_t: what became of the launches, 0 if 
 
 Status layer_norm_forward(const LayerNormForward&, Stream);
 Status layer_norm_backward(const LayerNormBackward&, Stream);
+Status dropout_mask(const DropoutMask&, Stream);
+Status bias_dropout_residual_forward(const BiasDropoutResidualForward&, Stream);
+Status bias_dropout_residual_backward(const BiasDropoutResidualBackward&, Stream);
+Status bias_gelu_forward(const BiasGeluForward&, Stream);
+Status bias_gelu_backward(const BiasGeluBackward&, Stream);
+Status masked_softmax_forward(const MaskedSoftmaxForward&, Stream);
+Status masked_softmax_backward(const MaskedSoftmaxBackward&, Stream);
+Status cross_entropy_statistics(const CrossEntropyStatistics&, Stream);
+Status cross_entropy_backward(const CrossEntropyBackward&, Stream);
 
 int64_t partial_sums(int64_t rows);  // on the current device
 const char* status_message(Status);
