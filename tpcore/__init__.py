@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tpcore import checkpoint, kernels, layers
+    from tpcore.memory import keep_freed_memory
     from tpcore.models.bert import BertModel
     from tpcore.models.config import BertConfig
     from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup, init_parallel
@@ -27,6 +28,7 @@ _HOMES = {
     "WordPieceTokenizer": "tpcore.tokenizer",
     "checkpoint": None,
     "init_parallel": "tpcore.parallel.group",
+    "keep_freed_memory": "tpcore.memory",
     "kernels": None,
     "layers": None,
     "load_run": "tpcore.train.run",
@@ -41,6 +43,7 @@ __all__ = [
     "WordPieceTokenizer",
     "checkpoint",
     "init_parallel",
+    "keep_freed_memory",
     "kernels",
     "layers",
     "load_run",

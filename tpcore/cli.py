@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+
+from tpcore import memory
 
 DIVERGED = 1
 INTERRUPTED = 130
@@ -31,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
+        if argv is None and command in (_finetune, _evaluate, _predict):
+            memory.restart_process()
         return command(arguments)
     except BrokenPipeError:
         # `tpcore inspect ... | head`: nobody reads on. What is still buffered must not fail either.
@@ -325,7 +330,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         return 0
     shown: dict[str, list[tuple[str, str]]] = {
         title: [(name, _in_words(value)) for name, value in facts[title].items()]
-        for title in ("machine", "collectives", "packages", "native libraries")
+        for title in ("machine", "CPU memory", "collectives", "packages", "native libraries")
     }
     shown["ops: who serves them, and why not the others"] = [
         (
@@ -376,6 +381,7 @@ def _examine() -> dict[str, Any]:
             "torch threads": torch.get_num_threads(),
             "GPUs": [torch.cuda.get_device_name(index) for index in range(num_gpus)],
         },
+        "CPU memory": dataclasses.asdict(memory.memory_policy()),
         "collectives": {
             "gloo": "available" if dist.is_gloo_available() else "not in this torch",
             "NCCL": (

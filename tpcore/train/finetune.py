@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tpcore.memory import keep_freed_memory
 from tpcore.parallel.group import (
     DataParallelGroup,
     TensorParallelGroup,
@@ -28,6 +29,7 @@ def finetune(config: TrainConfig) -> FitResult:
         ValueError: ConfigError, CheckpointError or DataError, before anything is written.
         DivergedError: loss or gradient became infinite or NaN.
     """
+    keep_freed_memory()  # before the first tensor; the command line has done more
     threads = set_num_threads(config.trainer.num_threads)
     # All that needs no other rank is checked before there is a process group to wait in.
     job = prepare(config, environment_int("WORLD_SIZE", 1))

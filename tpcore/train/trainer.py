@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tpcore.memory import peak_memory_bytes
 from tpcore.models.bert import BertModel
 from tpcore.parallel.collectives import all_reduce
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
@@ -309,6 +310,7 @@ class Trainer:
         rows = [
             ("optimizer steps", str(result.global_step)),
             ("time", f"{duration_s:.1f} s, {tokens / duration_s:.0f} tokens/s"),
+            ("memory of rank 0", f"{peak_memory_bytes() / 2**20:.0f} MiB at its peak"),
         ]
         if self.keeper.best is not None:
             rows.append(("best checkpoint", self.keeper.best.filename))
