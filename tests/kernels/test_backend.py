@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.kernels.harness import require
-from tpcore import _native
+from tpcore import _native, kernels
 from tpcore.kernels import (
     bias_gelu,
     explain,
@@ -68,7 +68,6 @@ def test_dtypes_no_kernel_takes_fall_to_the_reference_or_are_refused():
     for arguments, reason in (
         ((x, weight, bias), "takes parameters in the dtype of x"),
         ((x, weight.double(), bias), "weight and bias of one dtype"),
-        ((x.to(torch.complex128),), "does not take torch.complex128"),
     ):
         with use_backend("cpu"), pytest.raises(ValueError, match=reason):
             layer_norm(*arguments)
@@ -123,3 +122,65 @@ def test_native_ops_are_those_the_library_names():
     assert set(info["ops"]) == _native.NATIVE_OPS["cpu"] <= set(_native.RAW_OPS)
     for op in info["ops"]:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tpcore::{op}", "CPU")
+
+
+def _calls(x, other, seed):
+    """Every public op with one foreign operand; what the message must name."""
+    rows = torch.arange(x.shape[0])
+    scores = x.view(1, 1, *x.shape)
+    row = other[0] if isinstance(other, torch.Tensor) else other
+    key = {"row_ids": rows, "seed": seed}
+    return {
+        "weight": lambda: kernels.layer_norm(x, row),
+        "residual": lambda: kernels.add_layer_norm(x, other),
+        "bias": lambda: kernels.bias_gelu(x, row),
+        "mask": lambda: kernels.masked_softmax(scores, other),
+        "seed": lambda: kernels.bias_dropout_residual(x, p=0.5, **key),
+        "target": lambda: kernels.cross_entropy(x, row),
+    }
+
+
+def test_operands_on_another_device_are_refused():
+    x = torch.randn(4, 8)
+    calls = _calls(x, torch.empty(4, 8, device="meta"), torch.empty(1, device="meta"))
+    for name, call in calls.items():
+        with pytest.raises(ValueError, match=f"{name} is on meta and .* on cpu"):
+            call()
+
+
+def test_operands_that_are_no_tensors_are_refused():
+    for name, call in _calls(torch.randn(4, 8), 3, 3).items():
+        with pytest.raises(TypeError, match=f"{name} is 3; expected a tensor"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool])
+def test_dtypes_without_a_meaning_are_refused(dtype):
+    x = torch.ones(4, 8).to(dtype)
+    for op in (kernels.layer_norm, kernels.bias_gelu, kernels.bias_dropout_residual):
+        with pytest.raises(ValueError, match=f"x is {dtype}; expected float32"):
+            op(x)
+    with pytest.raises(ValueError, match="x has no dimension"):
+        kernels.bias_gelu(torch.tensor(1.0))
+
+
+def test_numbers_out_of_range_are_named():
+    x, seed, rows = torch.randn(2, 8), torch.tensor([1]), torch.arange(2)
+    key = {"p": 0.5, "seed": seed, "row_ids": rows}
+    with pytest.raises(ValueError, match="column_offset=-1"):
+        kernels.bias_dropout_residual(x, column_offset=-1, **key)
+    with pytest.raises(ValueError, match="head_offset=-1"):
+        kernels.masked_softmax(x[None, None], head_offset=-1)
+    for eps in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="eps="):
+            kernels.layer_norm(x, eps=eps)
+    with pytest.raises(ValueError, match="logits has no column"):
+        kernels.cross_entropy(x[:, :0], rows)
+
+
+def test_explain_does_not_claim_what_a_forced_backend_cannot_do():
+    with kernels.use_backend("cuda"):
+        entry = next(e for e in kernels.explain() if (e.op, e.device) == ("bias_gelu", "cpu"))
+    assert entry.serves == "none"
+    assert "cuda tensors only" in entry.refusals["cuda"]
+    assert set(entry.refusals) == {"cuda", "triton", "cpu", "reference"}

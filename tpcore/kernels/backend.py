@@ -111,6 +111,31 @@ def _dtype_refusal(backend: str, x: Tensor, parameters: tuple[Tensor | None, ...
     return f"takes parameters in the dtype of x ({x.dtype}) or float32, not {given[0]}"
 
 
+def check_operands(name: str, x: Tensor, **others: Tensor | None) -> None:
+    """That `x`, called `name`, is something to compute with, and the others are where it is.
+
+    Raises:
+        ValueError: x has no dimension or no floating dtype that kernels know, or another operand
+            is on another device.
+        TypeError: another operand is no tensor.
+    """
+    if x.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name} is {x.dtype}; expected float32, bfloat16, float16 or float64: convert it first"
+        )
+    if x.dim() == 0:
+        raise ValueError(f"{name} has no dimension; expected a last dimension to work along")
+    for other, tensor in others.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{other} is {tensor!r}; expected a tensor")
+        if tensor.device != x.device:
+            raise ValueError(
+                f"{other} is on {tensor.device} and {name} on {x.device}; move {other} there"
+            )
+
+
 def choose(op: str, x: Tensor, *parameters: Tensor | None) -> str:
     """The backend for one call of `op` on x, whose weight and bias are `parameters`.
 
@@ -177,7 +202,8 @@ class Explanation:
     Attributes:
         op: the public op.
         device: "cpu" or "cuda".
-        serves: the backend that is used for tensors of that device.
+        serves: the backend that is used for tensors of that device; "none" if one was asked for
+            that cannot, so that a call raises.
         refusals: every other backend -> why it is not used.
     """
 
@@ -196,8 +222,10 @@ def explain() -> list[Explanation]:
 def _explain(op: str, device: str) -> Explanation:
     serves = _preference(op, device) if _forced is None else _forced
     refusals = {}
+    if _forced is not None and (reason := _device_refusal(serves, op, device)):
+        serves, refusals[_forced] = "none", f"asked for explicitly, but {reason}"
     for backend in BACKENDS:
-        if backend == serves:
+        if backend == serves or backend in refusals:
             continue
         if _forced is not None:
             refusals[backend] = f"{_forced!r} was asked for explicitly"

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from tpcore._native import check_dropout_key
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
-from tpcore.kernels.backend import choose, raw_ops
+from tpcore.kernels.backend import check_operands, choose, raw_ops
 from tpcore.kernels.rows import as_rows, as_vector, in_shape_of
 
 
@@ -111,11 +111,13 @@ def bias_dropout_residual(
         column_offset: global number of the first column, where x holds a shard of the columns.
 
     Returns:
-        y in the shape of x and the promoted dtype of x and residual, also under autocast.
+        y in the shape of x and the promoted dtype of x and residual, also under autocast; x itself
+        where there is nothing to do (p = 0, no bias, no residual).
 
     Raises:
         ValueError: if shapes or dtypes do not fit, or the dropout key is missing or out of range.
     """
+    check_operands("x", x, bias=bias, residual=residual, seed=seed, row_ids=row_ids)
     if bias is not None and bias.shape != x.shape[-1:]:
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}; expected {tuple(x.shape[-1:])}, the last "
@@ -126,6 +128,8 @@ def bias_dropout_residual(
             f"residual has shape {tuple(residual.shape)}; expected {tuple(x.shape)}, the shape of x"
         )
     check_dropout_key(p, seed, stream, row_ids)
+    if column_offset < 0:
+        raise ValueError(f"column_offset={column_offset}; expected the number of a column, from 0")
     if p > 0:
         assert row_ids is not None
         if row_ids.shape != x.shape[:-1]:

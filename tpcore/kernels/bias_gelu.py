@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
-from tpcore.kernels.backend import choose, raw_ops
+from tpcore.kernels.backend import check_operands, choose, raw_ops
 from tpcore.kernels.rows import as_parameter_grad, as_rows, as_vector, in_shape_of
 
 APPROXIMATIONS = ("none", "tanh", "erf_1.41421")
@@ -84,6 +84,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") 
         raise ValueError(
             f"approximate={approximate!r}; expected one of {', '.join(APPROXIMATIONS)}"
         )
+    check_operands("x", x, bias=bias)
     if bias is not None and bias.shape != x.shape[-1:]:
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}; expected {tuple(x.shape[-1:])}, the last "

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
-from tpcore.kernels.backend import choose, raw_ops
+from tpcore.kernels.backend import check_operands, choose, raw_ops
 from tpcore.kernels.rows import with_dense_rows
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -120,6 +120,7 @@ def cross_entropy(
         ValueError: if shapes or dtypes do not fit, num_classes is missing on a shard, or (on the
             CPU) a target is neither a class nor ignore_index.
     """
+    check_operands("logits", logits, target=target)
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
         raise ValueError(
             f"logits has shape {tuple(logits.shape)} and target {tuple(target.shape)}; "
@@ -136,6 +137,8 @@ def cross_entropy(
                 "vocabulary"
             )
         num_classes = logits.shape[1]
+        if num_classes == 0:
+            raise ValueError("logits has no column; expected one for each class")
     elif combine is None and not 0 < num_classes - vocab_start <= logits.shape[1]:
         raise ValueError(
             f"logits holds the classes {vocab_start}..{vocab_start + logits.shape[1] - 1} of "

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
-from tpcore.kernels.backend import choose, raw_ops
+from tpcore.kernels.backend import check_operands, choose, raw_ops
 from tpcore.kernels.rows import as_parameter_grad, as_rows, as_vector, in_shape_of
 
 
@@ -137,6 +137,11 @@ def _backward(
     )
 
 
+def _check_eps(eps: float) -> None:
+    if not eps >= 0:
+        raise ValueError(f"eps={eps}; expected a number of at least 0")
+
+
 def _check_normalized_shape(
     x: Tensor,
     weight: Tensor | None,
@@ -185,8 +190,11 @@ def layer_norm(
         y in the shape and dtype of x, also under autocast.
 
     Raises:
-        ValueError: if x does not end in normalized_shape, or weight or bias have another shape.
+        ValueError: if x does not end in normalized_shape, weight or bias have another shape or
+            device, the dtype is none of these, or eps is negative.
     """
+    check_operands("x", x, weight=weight, bias=bias)
+    _check_eps(eps)
     shape = _check_normalized_shape(x, weight, bias, normalized_shape)
     num_columns = math.prod(shape)
     backend = choose("layer_norm", x, weight, bias)
@@ -222,6 +230,8 @@ def add_layer_norm(
     Raises:
         ValueError: if the shapes do not fit.
     """
+    check_operands("x", x, residual=residual, weight=weight, bias=bias)
+    _check_eps(eps)
     if x.shape != residual.shape:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and residual {tuple(residual.shape)}; expected "

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from tpcore._native import check_dropout_key
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
-from tpcore.kernels.backend import choose, raw_ops
+from tpcore.kernels.backend import check_operands, choose, raw_ops
 from tpcore.kernels.rows import with_dense_rows
 
 
@@ -146,6 +146,9 @@ def masked_softmax(
     Raises:
         ValueError: if shapes or dtypes do not fit, or the dropout key is missing or out of range.
     """
+    check_operands("scores", scores, mask=mask, seed=seed, row_ids=row_ids)
+    if not 0 <= head_offset < 1 << 16:
+        raise ValueError(f"head_offset={head_offset}; expected the number of a head, 0..65535")
     _check(scores, mask, dropout_p, seed, stream, row_ids)
     key = (dropout_p, seed, stream, row_ids, head_offset)
     backend = choose("masked_softmax", scores)
