@@ -39,6 +39,8 @@ X86_ISAS = {
     # Warnings about the compiler's own headers: GCC 12 finds its undefined registers undefined.
     "avx512": [*AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"],
 }
+# Of csrc/cpu: what is compiled once, for the baseline.
+ISA_INDEPENDENT = ("dispatch.cpp", "shm_channel.cpp")
 ISAS = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": {"neon": []}, "arm64": {"neon": []}}
 CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 
@@ -170,16 +172,17 @@ def build_cpu(output: Path, build_dir: Path) -> dict:
     isas = ISAS.get(platform.machine(), {"scalar": []})
     ninja = NinjaFile(build_dir)
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-        if source.name == "dispatch.cpp":
+        if source.name in ISA_INDEPENDENT:
             ninja.compile(compiler, source, common_flags())
             continue
         for isa, flags in isas.items():
             define = [f"-DTPCORE_ISA={isa}", f"-DTPCORE_ISA_{isa.upper()}"]
             ninja.compile(compiler, source, [*common_flags(), *define, *flags], f"_{isa}")
     compile_flags, link_flags = torch_flags(torch)
-    ninja.compile(
-        compiler, ROOT / "csrc" / "torch" / "cpu_ops.cpp", [*common_flags(), *compile_flags]
-    )
+    for name in ("cpu_ops.cpp", "shm_ops.cpp"):
+        ninja.compile(
+            compiler, ROOT / "csrc" / "torch" / name, [*common_flags(), *compile_flags]
+        )
     ninja.link(compiler, output, link_flags)
     ninja.run()
     return {

@@ -139,6 +139,16 @@ RAW_OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     ),
 }
 
+# The collectives in shared memory: what a rank does before it goes on, what it does when it needs
+# the result, and both at once. x and out are contiguous; collective and source as in
+# csrc/include/tpcore/kernels.h. They move bytes between processes and are not differentiable;
+# tpcore.parallel.shared_memory is the only caller, and detaches what it passes.
+_SHM_ARGUMENTS = (
+    "(Tensor x, Tensor(a!) out, Tensor(b!) segment, int collective, int source, int rank, int size,"
+    " int lock, int timeout_ms) -> ()"
+)
+SHARED_MEMORY_OPS = ("shm_publish", "shm_complete", "shm_exchange")
+
 
 def _refuse_autograd(packet: Any) -> Callable[..., Any]:
     """The Autograd kernel of a raw op: passes through, unless a gradient would be lost."""
@@ -170,6 +180,9 @@ def define_ops(namespace: str, names: Iterable[str]) -> torch.library.Library:
 
 
 _LIBRARY = define_ops("tpcore", RAW_OPS)
+for _name in SHARED_MEMORY_OPS:
+    _LIBRARY.define(_name + _SHM_ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"tpcore::{_name}", lambda *args: None, lib=_LIBRARY)
 
 
 # --- The compiled libraries

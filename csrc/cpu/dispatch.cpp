@@ -22,6 +22,8 @@
   void masked_softmax_backward(const MaskedSoftmaxBackward&, ParallelFor);              \
   void cross_entropy_statistics(const CrossEntropyStatistics&, ParallelFor);            \
   void cross_entropy_backward(const CrossEntropyBackward&, ParallelFor);                \
+  ShmFailure shm_publish(const ShmCollective&, ParallelFor);                            \
+  ShmFailure shm_complete(const ShmCollective&, ParallelFor);                           \
   static const CpuKernels kKernels = {                                                  \
       #isa,                                                                             \
       layer_norm_forward,                                                               \
@@ -35,6 +37,8 @@
       masked_softmax_backward,                                                          \
       cross_entropy_statistics,                                                         \
       cross_entropy_backward,                                                           \
+      shm_publish,                                                                      \
+      shm_complete,                                                                     \
   };                                                                                    \
   }                                                                                     \
   }

@@ -4,6 +4,8 @@
 #include <tuple>
 
 #include "checks.h"
+#include "launch.h"
+#include "shm_ops.h"
 #include "tpcore/math.h"
 
 namespace tpcore {
@@ -11,17 +13,6 @@ namespace {
 
 using torch::stable::new_empty;
 using OptionalTensor = std::optional<Tensor>;
-
-void parallel_for(int64_t count, int64_t grain, const void* closure, ParallelBody body) {
-  torch::stable::parallel_for(0, count, grain,
-                              [=](int64_t begin, int64_t end) { body(closure, begin, end); });
-}
-
-const CpuKernels& kernels() {
-  const CpuKernels* chosen = cpu_kernels();
-  STD_TORCH_CHECK(chosen != nullptr, cpu_kernels_error());
-  return *chosen;
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& x,
                                                      const OptionalTensor& residual,
@@ -370,7 +361,10 @@ Tensor dropout_keep_mask(const Tensor& seed, const Tensor& row_ids, double p, in
   op(masked_softmax_backward)        \
   op(cross_entropy_statistics)       \
   op(cross_entropy_backward)         \
-  op(dropout_keep_mask)
+  op(dropout_keep_mask)              \
+  op(shm_publish)                    \
+  op(shm_complete)                   \
+  op(shm_exchange)
 // clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(tpcore, CPU, m) {

@@ -161,6 +161,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
+        name = {"shm_publish": "all_reduce", "shm_complete": "wait_tensor"}.get(name, name)
         if name in ("mm", "addmm", "matmul", "all_reduce", "wait_tensor"):
             self.names.append(name)
         return func(*args, **(kwargs or {}))

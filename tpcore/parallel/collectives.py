@@ -18,8 +18,8 @@ on all of them); "copies" are used by each rank differently (their gradients are
 "parts" are the terms of a sum; "shards" are slices. At size 1 every function returns its input. No
 function modifies its input, unless its name ends in ``in_place``. Inputs may be non-contiguous.
 
-They call the functional collectives of torch (torch.ops._c10d_functional), which work eager and
-under torch.compile.
+CPU tensors of ranks on one host travel through shared memory (tpcore.parallel.shared_memory), all
+others through the functional collectives of torch: gloo or NCCL, eager or compiled.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _resolve_process_group
 
+from tpcore.parallel import shared_memory
 from tpcore.parallel.group import ParallelGroup, TensorParallelGroup, divide
 
 ReduceOp = Literal["sum", "max"]
@@ -40,23 +42,28 @@ def all_reduce(x: Tensor, group: ParallelGroup, op: ReduceOp = "sum") -> Tensor:
 
     Returns a new tensor (x itself at size 1).
     """
-    return x if group.size == 1 else wait(start_all_reduce(x, group, op))
+    return x if group.size == 1 else _transport(x, group, reduces=True).all_reduce(x, op)
 
 
 def start_all_reduce(x: Tensor, group: ParallelGroup, op: ReduceOp = "sum") -> Tensor:
-    """Begin an all-reduce over two or more ranks and return at once; ``wait`` gives the result."""
-    return torch.ops._c10d_functional.all_reduce(x.contiguous(), op, _name(group))
+    """Begin an all-reduce over two or more ranks and return at once; ``wait`` gives the result.
+
+    x must not be modified in between.
+    """
+    return _transport(x, group, reduces=True).start_all_reduce(x, op)
 
 
 def wait(started: Tensor) -> Tensor:
     """The finished result of ``start_all_reduce``; must be called before the result is used."""
+    if not torch.compiler.is_compiling() and shared_memory.finish(started):
+        return started
     return torch.ops._c10d_functional.wait_tensor(started)
 
 
 def all_reduce_in_place(x: Tensor, group: ParallelGroup, op: ReduceOp = "sum") -> Tensor:
     """As all_reduce, but overwrites x (gradient buffers); returns x. x must be contiguous."""
     if group.size > 1:
-        wait(torch.ops._c10d_functional.all_reduce_(x, op, _name(group)))
+        _transport(x, group, reduces=True).all_reduce_in_place(x, op)
     return x
 
 
@@ -67,9 +74,7 @@ def all_gather(x: Tensor, group: ParallelGroup, dim: int = 0) -> Tensor:
     """
     if group.size == 1:
         return x
-    gathered = wait(
-        torch.ops._c10d_functional.all_gather_into_tensor(x.contiguous(), group.size, _name(group))
-    )
+    gathered = _transport(x, group).all_gather(x)
     return gathered if dim % x.ndim == 0 else torch.cat(gathered.chunk(group.size), dim)
 
 
@@ -84,11 +89,7 @@ def reduce_scatter(x: Tensor, group: ParallelGroup) -> Tensor:
     if group.size == 1:
         return x
     divide(x.shape[0], group.size, "the size of dim 0")
-    return wait(
-        torch.ops._c10d_functional.reduce_scatter_tensor(
-            x.contiguous(), "sum", group.size, _name(group)
-        )
-    )
+    return _transport(x, group, reduces=True).reduce_scatter(x)
 
 
 def broadcast(x: Tensor, group: ParallelGroup, source: int = 0) -> Tensor:
@@ -96,9 +97,7 @@ def broadcast(x: Tensor, group: ParallelGroup, source: int = 0) -> Tensor:
 
     Returns a new tensor of x's shape and dtype (x itself at size 1).
     """
-    if group.size == 1:
-        return x
-    return wait(torch.ops._c10d_functional.broadcast(x.contiguous(), source, _name(group)))
+    return x if group.size == 1 else _transport(x, group).broadcast(x, source)
 
 
 def barrier(group: ParallelGroup) -> None:
@@ -156,11 +155,6 @@ def scatter_to_sequence(x: Tensor, tp: TensorParallelGroup) -> Tensor:
     [t, h] -> [t/tp, h], where a sequence-parallel region begins.
     """
     return scatter_to(x, tp, dim=0)
-
-
-def _name(group: ParallelGroup) -> str:
-    assert group.process_group is not None
-    return group.process_group.group_name
 
 
 def own_slice(x: Tensor, tp: TensorParallelGroup, dim: int) -> Tensor:
@@ -232,3 +226,101 @@ class _ReduceScatterToSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return all_gather(grad_output, ctx.tp), None
+
+
+# --- The ways a tensor can take: shared_memory.Channel and the two below, with the same methods.
+
+
+def _transport(x: Tensor, group: ParallelGroup, *, reduces: bool = False) -> Any:
+    if x.device.type == "cpu" and (not reduces or x.dtype in shared_memory.REDUCED_DTYPES):
+        if torch.compiler.is_compiling():
+            return _Traced(group)
+        channel = shared_memory.channel_of(group)
+        if channel is not None:
+            return channel
+    return _Functional(group)
+
+
+class _Functional:
+    """The functional collectives of torch."""
+
+    def __init__(self, group: ParallelGroup) -> None:
+        assert group.process_group is not None
+        self._name, self._size = group.process_group.group_name, group.size
+
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
+        return wait(self.start_all_reduce(x, op))
+
+    def start_all_reduce(self, x: Tensor, op: str) -> Tensor:
+        return torch.ops._c10d_functional.all_reduce(x.contiguous(), op, self._name)
+
+    def all_reduce_in_place(self, x: Tensor, op: str) -> None:
+        wait(torch.ops._c10d_functional.all_reduce_(x, op, self._name))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        op = torch.ops._c10d_functional.all_gather_into_tensor
+        return wait(op(x.contiguous(), self._size, self._name))
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        op = torch.ops._c10d_functional.reduce_scatter_tensor
+        return wait(op(x.contiguous(), "sum", self._size, self._name))
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        return wait(torch.ops._c10d_functional.broadcast(x.contiguous(), source, self._name))
+
+
+class _Traced:
+    """What torch.compile sees of a collective on a CPU tensor: one op.
+
+    Attaching to shared memory is nothing to trace, and a graph must not hold what was decided for
+    one process group; so the op does, when it runs, what the eager call would have done.
+    """
+
+    def __init__(self, group: ParallelGroup) -> None:
+        assert group.process_group is not None
+        self._group = group.process_group.group_name, group.size, group.shared_memory
+
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
+        return torch.ops.tpcore.collective(x, "all_reduce", op, 0, *self._group)
+
+    def start_all_reduce(self, x: Tensor, op: str) -> Tensor:
+        return self.all_reduce(x, op)
+
+    def all_reduce_in_place(self, x: Tensor, op: str) -> None:
+        x.copy_(self.all_reduce(x, op))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.ops.tpcore.collective(x, "all_gather", "", 0, *self._group)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return torch.ops.tpcore.collective(x, "reduce_scatter", "", 0, *self._group)
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        return torch.ops.tpcore.collective(x, "broadcast", "", source, *self._group)
+
+
+@torch.library.custom_op("tpcore::collective", mutates_args=())
+def _collective(
+    x: Tensor,
+    name: str,
+    op: str,
+    source: int,
+    group_name: str,
+    size: int,
+    shared_memory: bool | None,
+) -> Tensor:
+    process_group = _resolve_process_group(group_name)  # type: ignore[arg-type]
+    group = ParallelGroup.from_process_group(process_group, shared_memory=shared_memory)
+    function, *arguments = {
+        "all_reduce": (all_reduce, op),
+        "all_gather": (all_gather,),
+        "reduce_scatter": (reduce_scatter,),
+        "broadcast": (broadcast, source),
+    }[name]
+    return function(x, group, *arguments)  # type: ignore[operator]
+
+
+@_collective.register_fake
+def _(x: Tensor, name: str, op: str, source: int, group_name: str, size: int, *_: Any) -> Tensor:
+    length = {"all_gather": x.shape[0] * size, "reduce_scatter": x.shape[0] // size}
+    return x.new_empty((length[name], *x.shape[1:]) if name in length else x.shape)

@@ -37,6 +37,8 @@ class ParallelGroup:
         process_group: the communicator, or None for a group of this process alone.
         rank: rank of this process inside the group, 0 <= rank < size.
         size: number of ranks in the group.
+        shared_memory: whether collectives on CPU tensors use shared memory; None: where possible.
+            What counts is the first collective over the process group.
 
     A group is immutable and stands for a communicator that cannot be duplicated, so ``copy`` and
     ``deepcopy`` return the object itself. Pickle stores the global ranks of the members; unpickling
@@ -47,6 +49,7 @@ class ParallelGroup:
     process_group: dist.ProcessGroup | None = field(repr=False)
     rank: int
     size: int
+    shared_memory: bool | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -66,7 +69,9 @@ class ParallelGroup:
         return cls(process_group=None, rank=0, size=1)
 
     @classmethod
-    def from_process_group(cls: type[GroupT], process_group: dist.ProcessGroup) -> GroupT:
+    def from_process_group(
+        cls: type[GroupT], process_group: dist.ProcessGroup, *, shared_memory: bool | None = None
+    ) -> GroupT:
         """Wrap a process group made elsewhere, such as DeviceMesh.get_group() or dist.new_group().
 
         Raises:
@@ -78,7 +83,7 @@ class ParallelGroup:
                 f"process_group does not contain this process (global rank {dist.get_rank()}); "
                 "pass the group that this rank belongs to"
             )
-        return cls(process_group, rank, dist.get_world_size(process_group))
+        return cls(process_group, rank, dist.get_world_size(process_group), shared_memory)
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -95,7 +100,7 @@ class ParallelGroup:
 
     def __reduce__(self) -> tuple[Any, ...]:
         name = None if self.process_group is None else self.process_group.group_name
-        return _unpickle_group, (type(self), self.ranks, name)
+        return _unpickle_group, (type(self), self.ranks, name, self.shared_memory)
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,12 @@ class DataParallelGroup(ParallelGroup):
     """
 
 
-def _unpickle_group(cls: type[GroupT], ranks: tuple[int, ...], name: str | None) -> GroupT:
+def _unpickle_group(
+    cls: type[GroupT],
+    ranks: tuple[int, ...],
+    name: str | None,
+    shared_memory: bool | None = None,
+) -> GroupT:
     # Several groups may have the same members (the world, and a tensor-parallel group as large as
     # it); the name tells them apart when both processes made their groups in the same order.
     if name is None:
@@ -123,7 +133,7 @@ def _unpickle_group(cls: type[GroupT], ranks: tuple[int, ...], name: str | None)
     candidates = [pg for pg in known if tuple(dist.get_process_group_ranks(pg)) == tuple(ranks)]
     if candidates:
         named = [pg for pg in candidates if pg.group_name == name]
-        return cls.from_process_group((named or candidates)[0])
+        return cls.from_process_group((named or candidates)[0], shared_memory=shared_memory)
     if len(ranks) == 1:
         return cls.single()
     raise ValueError(
@@ -153,7 +163,11 @@ def _divisors_in_words(value: int) -> str:
 
 
 def init_parallel(
-    tensor_parallel_size: int = 1, *, backend: str | None = None, timeout_s: float = 600
+    tensor_parallel_size: int = 1,
+    *,
+    backend: str | None = None,
+    timeout_s: float = 600,
+    shared_memory: bool | None = None,
 ) -> tuple[TensorParallelGroup, DataParallelGroup]:
     """Make the tensor-parallel and the data-parallel group of this process.
 
@@ -167,6 +181,9 @@ def init_parallel(
         backend: torch.distributed backend; None takes NCCL for CUDA tensors (and gloo for CPU
             tensors beside it) where CUDA is present, else gloo.
         timeout_s: how long a collective waits for the other ranks before it raises.
+        shared_memory: whether collectives on CPU tensors go through shared memory instead of gloo.
+            None: as the environment variable TPCORE_SHARED_MEMORY says (1, 0 or auto), and by
+            default wherever all ranks of a group run on one host.
 
     Raises:
         ValueError: the size does not divide the world size, torchrun's environment is incomplete,
@@ -207,9 +224,10 @@ def init_parallel(
     size = tensor_parallel_size
     rows = [list(range(start, start + size)) for start in range(0, world_size, size)]
     columns = [list(range(start, world_size, size)) for start in range(size)]
+    row, column = own_group(rows, "tensor_parallel"), own_group(columns, "data_parallel")
     return (
-        TensorParallelGroup.from_process_group(own_group(rows, "tensor_parallel")),
-        DataParallelGroup.from_process_group(own_group(columns, "data_parallel")),
+        TensorParallelGroup.from_process_group(row, shared_memory=shared_memory),
+        DataParallelGroup.from_process_group(column, shared_memory=shared_memory),
     )
 
 

@@ -204,6 +204,53 @@ struct DropoutMask {
   bool* keep;      // [batch, heads, queries, columns] contiguous
 };
 
+// The shared memory of a group of ranks on one host, as one of them sees it; csrc/cpu/shm_channel.h
+// says how they meet there.
+struct ShmMember {
+  void* segment;  // zeros at first; at least a page and two for each rank, aligned to pages
+  int64_t segment_bytes;
+  int32_t rank, size;  // at most 64 ranks
+  int32_t lock;        // a file whose byte number r is locked as long as rank r lives
+  int64_t timeout_ms;
+};
+
+enum class Collective : int32_t {
+  kAllReduceSum,   // out = x_0 + x_1 + ...
+  kAllReduceMax,   // out = max(x_0, x_1, ...), NaN if any is
+  kReduceScatter,  // out = the rank's slice of x_0 + x_1 + ...
+  kAllGather,      // out = x_0, x_1, ... one after the other
+  kBroadcast,      // out = x_source
+};
+
+// One call on each rank, in the same order on all of them. shm_publish hands out as much of x as
+// fits and returns at once, shm_complete waits for the others and fills out; nothing else may
+// happen on the channel in between, and x must stay as it is. x and out may be the same, except in
+// an all-gather.
+struct ShmCollective {
+  ShmMember member;
+  Collective kind;
+  DType dtype;     // of x and out; all-gather and broadcast: any
+  int64_t count;   // elements of out; all-gather and broadcast: bytes of x
+  int32_t source;  // the rank whose x is broadcast
+  const void* x;
+  void* out;
+};
+
+// Why a collective failed, if it did, and the rank that it failed on. The channel is of no use
+// afterwards.
+struct ShmFailure {
+  enum Why : int32_t {
+    kNone,
+    kTimedOut,  // it did not come in time
+    kEnded,     // it has ended, or dropped its group
+    kGaveUp,    // another one gave up waiting for it
+    kDiffers,   // it called another collective, or the same with another size or dtype
+    kBroken,    // an earlier collective failed on it
+  };
+  Why why = kNone;
+  int32_t rank = 0;
+};
+
 // One table per instruction set.
 struct CpuKernels {
   const char* isa;
@@ -218,6 +265,8 @@ struct CpuKernels {
   void (*masked_softmax_backward)(const MaskedSoftmaxBackward&, ParallelFor);
   void (*cross_entropy_statistics)(const CrossEntropyStatistics&, ParallelFor);
   void (*cross_entropy_backward)(const CrossEntropyBackward&, ParallelFor);
+  ShmFailure (*shm_publish)(const ShmCollective&, ParallelFor);
+  ShmFailure (*shm_complete)(const ShmCollective&, ParallelFor);
 };
 
 // The best table this machine can run, or the one that the environment variable TPCORE_CPU_ISA
