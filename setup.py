@@ -42,7 +42,7 @@ X86_ISAS = {
 # Of csrc/cpu: what is compiled once, for the baseline.
 ISA_INDEPENDENT = ("dispatch.cpp", "shm_channel.cpp")
 ISAS = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": {"neon": []}, "arm64": {"neon": []}}
-CUDA_ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # and PTX for later ones
 
 
 class UnavailableError(Exception):
@@ -180,9 +180,7 @@ def build_cpu(output: Path, build_dir: Path) -> dict:
             ninja.compile(compiler, source, [*common_flags(), *define, *flags], f"_{isa}")
     compile_flags, link_flags = torch_flags(torch)
     for name in ("cpu_ops.cpp", "shm_ops.cpp"):
-        ninja.compile(
-            compiler, ROOT / "csrc" / "torch" / name, [*common_flags(), *compile_flags]
-        )
+        ninja.compile(compiler, ROOT / "csrc" / "torch" / name, [*common_flags(), *compile_flags])
     ninja.link(compiler, output, link_flags)
     ninja.run()
     return {
@@ -192,11 +190,29 @@ def build_cpu(output: Path, build_dir: Path) -> dict:
     }
 
 
+def cuda_targets(nvcc: str) -> list[str]:
+    """Architectures to compile for, such as 9.0 and 12.0+PTX, from the environment or the usual.
+
+    Of the usual ones, those that this nvcc knows.
+    """
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if given:
+        return given.replace(" ", ";").strip(";").split(";")
+    listing = [nvcc, "--list-gpu-arch"]
+    known = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()
+    usual = [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}" in known]
+    return [*usual[:-1], f"{usual[-1]}+PTX"]
+
+
+def generate_code(architecture: str) -> str:
+    """The flag of nvcc for one architecture."""
+    number = architecture.removesuffix("+PTX").replace(".", "")
+    codes = [f"sm_{number}", *([f"compute_{number}"] if architecture.endswith("+PTX") else [])]
+    return f"'-gencode=arch=compute_{number},code=[{','.join(codes)}]'"
+
+
 def build_cuda(output: Path, build_dir: Path) -> dict:
     """Compiles the CUDA kernels and their bindings."""
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    if not sources:
-        raise UnavailableError("no CUDA sources in this version")
     torch = find_torch()
     if torch.version.cuda is None:
         raise UnavailableError(f"torch {torch.__version__} was built without CUDA")
@@ -209,27 +225,17 @@ def build_cuda(output: Path, build_dir: Path) -> dict:
             f"nvcc is version {version}, but torch was built with CUDA {torch.version.cuda}"
         )
     compiler = find_tool(os.environ.get("CXX"), "c++", "g++", "clang++")
-    architectures = (
-        os.environ.get("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES).replace(" ", ";").split(";")
-    )
-    targets = []
-    for architecture in filter(None, architectures):
-        number = architecture.removesuffix("+PTX").replace(".", "")
-        codes = [f"sm_{number}", *([f"compute_{number}"] if architecture.endswith("+PTX") else [])]
-        targets += [f"-gencode=arch=compute_{number},code=[{','.join(codes)}]"]
-    ninja = NinjaFile(build_dir)
+    architectures = cuda_targets(nvcc)
     include = f"-I{ROOT / 'csrc' / 'include'}"
-    for source in sources:
-        host = ["-Xcompiler=-fPIC,-fvisibility=hidden", "-O3", "-std=c++17", include]
-        ninja.compile(nvcc, source, [*host, *(f"'{t}'" for t in targets)])
+    device_flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", include]
+    device_flags += [f"--threads={len(architectures)}", *map(generate_code, architectures)]
+    ninja = NinjaFile(build_dir)
+    for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        ninja.compile(nvcc, source, device_flags)
     compile_flags, link_flags = torch_flags(torch)
-    home = Path(nvcc).resolve().parent.parent
-    cuda_flags = ["-DUSE_CUDA", "-isystem", str(home / "include")]
-    ninja.compile(
-        compiler,
-        ROOT / "csrc" / "torch" / "cuda_ops.cpp",
-        [*common_flags(), *compile_flags, *cuda_flags],
-    )
+    flags = [*common_flags(), *compile_flags, "-DUSE_CUDA"]
+    ninja.compile(compiler, ROOT / "csrc" / "torch" / "cuda_ops.cpp", flags)
+    # By nvcc, which knows where its runtime library is; torch has loaded the same one by then.
     ninja.link(nvcc, output, [*link_flags, "-ltorch_cuda", "-cudart", "shared"])
     ninja.run()
     return {"architectures": architectures, "nvcc": version, "torch": torch.__version__}
@@ -242,9 +248,7 @@ class BuildNative(build_ext):
     """Builds each library by ninja, or records why not."""
 
     def run(self) -> None:
-        self.record: dict[str, dict] = {
-            "cuda": {"built": False, "reason": "no CUDA sources in this version"}
-        }
+        self.record: dict[str, dict] = {}
         # setuptools builds elsewhere first, even where the libraries end up beside the sources.
         self.packages = [Path(self.build_lib, "tpcore")]
         if self.inplace or self.editable_mode:
@@ -289,13 +293,10 @@ def knob(name: str) -> str:
 
 
 def extensions() -> list[Extension]:
-    """The libraries that this checkout has sources for, and those that were insisted on."""
-    names = ["cpu"]
-    if any((ROOT / "csrc" / "cuda").glob("*.cu")) or knob("cuda") == "1":
-        names.append("cuda")
+    """Both libraries; one that cannot be built is left out, unless it was insisted on."""
     return [
         Extension(f"tpcore._C_{name}", sources=[], py_limited_api=True, optional=knob(name) != "1")
-        for name in names
+        for name in BUILDERS
     ]
 
 

@@ -19,6 +19,11 @@ namespace tpcore {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Each library says where its tensors have to be.
+bool is_here(const Tensor& tensor);
+extern const char* const kHere;  // "on the CPU"
 
 inline std::string shape_string(const Tensor& tensor) {
   std::string text = "[";
@@ -55,7 +60,7 @@ inline Matrix matrix_of(const Tensor& tensor, const char* name, int64_t rows, in
   STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name,
                   " has shape ", shape_string(tensor), "; expected [", rows, ", ", columns, "]");
   STD_TORCH_CHECK(tensor.scalar_type() == type, name, " differs from x in dtype");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU");
+  STD_TORCH_CHECK(is_here(tensor), name, " is not ", kHere);
   STD_TORCH_CHECK(rows == 0 || columns <= 1 || tensor.stride(1) == 1, name,
                   " has columns that are not contiguous; its last stride is ", tensor.stride(1));
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0)};
@@ -78,7 +83,7 @@ inline const void* scores_of(const Tensor& tensor, const char* name, const Tenso
     if (i < 3) strides[i] = tensor.stride(i);
   }
   STD_TORCH_CHECK(tensor.scalar_type() == model.scalar_type(), name, " has an unexpected dtype");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU");
+  STD_TORCH_CHECK(is_here(tensor), name, " is not ", kHere);
   STD_TORCH_CHECK(tensor.numel() == 0 || tensor.size(3) == 1 || tensor.stride(3) == 1, name,
                   " has keys that are not contiguous; its last stride is ", tensor.stride(3));
   return tensor.const_data_ptr();
@@ -90,7 +95,7 @@ inline const void* vector_of(const Tensor& tensor, const char* name, int64_t siz
   STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, name, " has shape ",
                   shape_string(tensor), "; expected [", size, "]");
   STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has an unexpected dtype");
-  STD_TORCH_CHECK(tensor.is_cpu(), name, " is not on the CPU");
+  STD_TORCH_CHECK(is_here(tensor), name, " is not ", kHere);
   STD_TORCH_CHECK(size <= 1 || tensor.stride(0) == 1, name, " is not contiguous; its stride is ",
                   tensor.stride(0));
   return tensor.const_data_ptr();
@@ -124,11 +129,11 @@ inline uint32_t dropout_threshold(double p) {
 // Checks the seed and the row ids (contiguous, int64, one per row) and makes the key.
 inline DropoutKey dropout_key(const Tensor& seed, const Tensor& row_ids, int64_t rows, double p,
                               int64_t stream, int64_t column_offset, int64_t head_offset) {
-  STD_TORCH_CHECK(seed.is_cpu() && seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
-                  "seed is a tensor of ", seed.numel(), " elements; expected one int64 on the CPU");
+  STD_TORCH_CHECK(is_here(seed) && seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
+                  "seed is a tensor of ", seed.numel(), " elements; expected one int64 ", kHere);
   STD_TORCH_CHECK(
-      row_ids.is_cpu() && row_ids.scalar_type() == ScalarType::Long && row_ids.is_contiguous(),
-      "row_ids is not a contiguous int64 tensor on the CPU");
+      is_here(row_ids) && row_ids.scalar_type() == ScalarType::Long && row_ids.is_contiguous(),
+      "row_ids is not a contiguous int64 tensor ", kHere);
   STD_TORCH_CHECK(row_ids.numel() == rows, "row_ids has shape ", shape_string(row_ids),
                   "; expected ", rows, " ids, one per row");
   STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "the dropout probability is ", p, "; expected 0 <= p < 1");
@@ -136,7 +141,8 @@ inline DropoutKey dropout_key(const Tensor& seed, const Tensor& row_ids, int64_t
   STD_TORCH_CHECK(column_offset >= 0 && head_offset >= 0,
                   "column_offset and head_offset may not be negative");
   DropoutKey key;
-  key.seed = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
+  key.device_seed = seed.const_data_ptr<int64_t>();
+  if (seed.is_cpu()) key.seed = static_cast<uint64_t>(*key.device_seed);
   key.threshold = dropout_threshold(p);
   key.stream = static_cast<uint32_t>(stream);
   key.row_ids = row_ids.const_data_ptr<int64_t>();

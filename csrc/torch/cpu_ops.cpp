@@ -1,375 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU implementations of the raw ops: check, allocate, launch. Schemas stand in
-// tpcore/_native.py.
-#include <tuple>
-
-#include "checks.h"
+// The CPU implementations of the raw ops, on torch's own thread pool.
 #include "launch.h"
+#include "ops.h"
 #include "shm_ops.h"
-#include "tpcore/math.h"
 
 namespace tpcore {
+
+bool is_here(const Tensor& tensor) { return tensor.is_cpu(); }
+const char* const kHere = "on the CPU";
+
 namespace {
 
-using torch::stable::new_empty;
-using OptionalTensor = std::optional<Tensor>;
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> normalize(const Tensor& x,
-                                                     const OptionalTensor& residual,
-                                                     const OptionalTensor& weight,
-                                                     const OptionalTensor& bias, double eps) {
-  STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_string(x), "; expected two dimensions");
-  const int64_t rows = x.size(0), columns = x.size(1);
-  const ScalarType type = x.scalar_type(), statistics = accumulation_type(x);
-  const ScalarType parameter = parameter_type(x, weight, bias);
-  Tensor y = new_empty(x, {rows, columns});
-  Tensor total = new_empty(x, {residual.has_value() ? rows : 0, columns});
-  Tensor mean = new_empty(x, {rows}, statistics);
-  Tensor rstd = new_empty(x, {rows}, statistics);
-  LayerNormForward args;
-  args.rows = rows;
-  args.columns = columns;
-  args.eps = eps;
-  args.dtype = dtype_of(x, "x");
-  args.parameter_dtype = parameter == type ? args.dtype : DType::kFloat32;
-  args.x = matrix_of(x, "x", rows, columns, type);
-  args.residual = matrix_of(residual, "residual", rows, columns, type);
-  args.weight = vector_of(weight, "weight", columns, parameter);
-  args.bias = vector_of(bias, "bias", columns, parameter);
-  args.total = total.mutable_data_ptr();
-  args.y = y.mutable_data_ptr();
-  args.mean = mean.mutable_data_ptr();
-  args.rstd = rstd.mutable_data_ptr();
-  kernels().layer_norm_forward(args, parallel_for);
-  return {y, total, mean, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const OptionalTensor& weight,
-                                                      const OptionalTensor& bias, double eps) {
-  auto [y, total, mean, rstd] = normalize(x, std::nullopt, weight, bias, eps);
-  return {y, mean, rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x,
-                                                                  const Tensor& residual,
-                                                                  const OptionalTensor& weight,
-                                                                  const OptionalTensor& bias,
-                                                                  double eps) {
-  return normalize(x, residual, weight, bias, eps);
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad_y, const Tensor& x,
-                                                       const Tensor& mean, const Tensor& rstd,
-                                                       const OptionalTensor& weight,
-                                                       const OptionalTensor& grad_total,
-                                                       bool need_grad_x, bool need_grad_weight,
-                                                       bool need_grad_bias) {
-  STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_string(x), "; expected two dimensions");
-  const int64_t rows = x.size(0), columns = x.size(1);
-  const ScalarType type = x.scalar_type(), statistics = accumulation_type(x);
-  const ScalarType parameter = parameter_type(x, weight, std::nullopt);
-  Tensor grad_x = need_grad_x ? new_empty(x, {rows, columns}) : new_empty(x, {0});
-  Tensor grad_weight = new_empty(x, {need_grad_weight ? columns : 0}, statistics);
-  Tensor grad_bias = new_empty(x, {need_grad_bias ? columns : 0}, statistics);
-  Tensor partials = new_empty(
-      x, {need_grad_weight || need_grad_bias ? partial_sums(rows) : 0, 2, columns}, statistics);
-  LayerNormBackward args;
-  args.rows = rows;
-  args.columns = columns;
-  args.dtype = dtype_of(x, "x");
-  args.parameter_dtype = parameter == type ? args.dtype : DType::kFloat32;
-  args.grad_y = matrix_of(grad_y, "grad_y", rows, columns, type);
-  args.x = matrix_of(x, "x", rows, columns, type);
-  args.grad_total = matrix_of(grad_total, "grad_total", rows, columns, type);
-  args.mean = vector_of(mean, "mean", rows, statistics);
-  args.rstd = vector_of(rstd, "rstd", rows, statistics);
-  args.weight = vector_of(weight, "weight", columns, parameter);
-  args.grad_x = need_grad_x ? grad_x.mutable_data_ptr() : nullptr;
-  args.grad_weight = need_grad_weight ? grad_weight.mutable_data_ptr() : nullptr;
-  args.grad_bias = need_grad_bias ? grad_bias.mutable_data_ptr() : nullptr;
-  args.partials = partials.mutable_data_ptr();
-  kernels().layer_norm_backward(args, parallel_for);
-  return {grad_x, grad_weight, grad_bias};
-}
-
-Gelu gelu_of(const std::string& approximate) {
-  if (approximate == "none") return Gelu::kErf;
-  if (approximate == "tanh") return Gelu::kTanh;
-  STD_TORCH_CHECK(approximate == "erf_1.41421", "approximate is ", approximate,
-                  "; expected none, tanh or erf_1.41421");
-  return Gelu::kOldErf;
-}
-
-Tensor bias_gelu_forward(const Tensor& x, const OptionalTensor& bias, std::string approximate) {
-  STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_string(x), "; expected two dimensions");
-  const int64_t rows = x.size(0), columns = x.size(1);
-  const ScalarType type = x.scalar_type();
-  const ScalarType parameter = parameter_type(x, bias, std::nullopt);
-  Tensor y = new_empty(x, {rows, columns});
-  BiasGeluForward args;
-  args.rows = rows;
-  args.columns = columns;
-  args.dtype = dtype_of(x, "x");
-  args.parameter_dtype = parameter == type ? args.dtype : DType::kFloat32;
-  args.gelu = gelu_of(approximate);
-  args.x = matrix_of(x, "x", rows, columns, type);
-  args.bias = vector_of(bias, "bias", columns, parameter);
-  args.y = y.mutable_data_ptr();
-  kernels().bias_gelu_forward(args, parallel_for);
-  return y;
-}
-
-std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad_y, const Tensor& x,
-                                              const OptionalTensor& bias, std::string approximate,
-                                              bool need_grad_x, bool need_grad_bias) {
-  STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_string(x), "; expected two dimensions");
-  const int64_t rows = x.size(0), columns = x.size(1);
-  const ScalarType type = x.scalar_type(), sums = accumulation_type(x);
-  const ScalarType parameter = parameter_type(x, bias, std::nullopt);
-  Tensor grad_x = need_grad_x ? new_empty(x, {rows, columns}) : new_empty(x, {0});
-  Tensor grad_bias = new_empty(x, {need_grad_bias ? columns : 0}, sums);
-  Tensor partials = new_empty(x, {need_grad_bias ? partial_sums(rows) : 0, columns}, sums);
-  BiasGeluBackward args;
-  args.rows = rows;
-  args.columns = columns;
-  args.dtype = dtype_of(x, "x");
-  args.parameter_dtype = parameter == type ? args.dtype : DType::kFloat32;
-  args.gelu = gelu_of(approximate);
-  args.grad_y = matrix_of(grad_y, "grad_y", rows, columns, type);
-  args.x = matrix_of(x, "x", rows, columns, type);
-  args.bias = vector_of(bias, "bias", columns, parameter);
-  args.grad_x = need_grad_x ? grad_x.mutable_data_ptr() : nullptr;
-  args.grad_bias = need_grad_bias ? grad_bias.mutable_data_ptr() : nullptr;
-  args.partials = partials.mutable_data_ptr();
-  kernels().bias_gelu_backward(args, parallel_for);
-  return {grad_x, grad_bias};
-}
-
-Tensor bias_dropout_residual_forward(const Tensor& x, const OptionalTensor& bias,
-                                     const OptionalTensor& residual, double p,
-                                     const OptionalTensor& seed, int64_t stream,
-                                     const OptionalTensor& row_ids, int64_t column_offset) {
-  STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_string(x), "; expected two dimensions");
-  const int64_t rows = x.size(0), columns = x.size(1);
-  const ScalarType type = x.scalar_type();
-  const ScalarType parameter = parameter_type(x, bias, std::nullopt);
-  const Dropout dropout(p, seed, stream, row_ids, rows, column_offset, 0);
-  Tensor y = new_empty(x, {rows, columns});
-  BiasDropoutResidualForward args;
-  args.rows = rows;
-  args.columns = columns;
-  args.dtype = dtype_of(x, "x");
-  args.parameter_dtype = parameter == type ? args.dtype : DType::kFloat32;
-  args.x = matrix_of(x, "x", rows, columns, type);
-  args.bias = vector_of(bias, "bias", columns, parameter);
-  args.residual = matrix_of(residual, "residual", rows, columns, type);
-  args.key = dropout.key();
-  args.scale = dropout.scale();
-  args.y = y.mutable_data_ptr();
-  kernels().bias_dropout_residual_forward(args, parallel_for);
-  return y;
-}
-
-std::tuple<Tensor, Tensor> bias_dropout_residual_backward(
-    const Tensor& grad_y, double p, const OptionalTensor& seed, int64_t stream,
-    const OptionalTensor& row_ids, int64_t column_offset, bool need_grad_x, bool need_grad_bias) {
-  STD_TORCH_CHECK(grad_y.dim() == 2, "grad_y has shape ", shape_string(grad_y),
-                  "; expected two dimensions");
-  const int64_t rows = grad_y.size(0), columns = grad_y.size(1);
-  const ScalarType sums = accumulation_type(grad_y);
-  const Dropout dropout(p, seed, stream, row_ids, rows, column_offset, 0);
-  Tensor grad_x = need_grad_x ? new_empty(grad_y, {rows, columns}) : new_empty(grad_y, {0});
-  Tensor grad_bias = new_empty(grad_y, {need_grad_bias ? columns : 0}, sums);
-  Tensor partials = new_empty(grad_y, {need_grad_bias ? partial_sums(rows) : 0, columns}, sums);
-  BiasDropoutResidualBackward args;
-  args.rows = rows;
-  args.columns = columns;
-  args.dtype = dtype_of(grad_y, "grad_y");
-  args.grad_y = matrix_of(grad_y, "grad_y", rows, columns, grad_y.scalar_type());
-  args.key = dropout.key();
-  args.scale = dropout.scale();
-  args.grad_x = need_grad_x ? grad_x.mutable_data_ptr() : nullptr;
-  args.grad_bias = need_grad_bias ? grad_bias.mutable_data_ptr() : nullptr;
-  args.partials = partials.mutable_data_ptr();
-  kernels().bias_dropout_residual_backward(args, parallel_for);
-  return {grad_x, grad_bias};
-}
-
-// The strides of a mask along the dimensions of scores: 0 where it is broadcast.
-void broadcast_strides(const Tensor& mask, const Tensor& scores, int64_t strides[4]) {
-  STD_TORCH_CHECK(mask.is_cpu() && mask.scalar_type() == ScalarType::Bool,
-                  "mask is not a bool tensor on the CPU");
-  const int64_t missing = 4 - mask.dim();
-  STD_TORCH_CHECK(missing >= 0, "mask has shape ", shape_string(mask),
-                  "; expected at most four dimensions");
-  for (int64_t i = 0; i < 4; ++i) {
-    strides[i] = 0;
-    if (i < missing || mask.size(i - missing) == 1) continue;
-    STD_TORCH_CHECK(mask.size(i - missing) == scores.size(i), "mask of shape ", shape_string(mask),
-                    " does not broadcast to scores ", shape_string(scores));
-    strides[i] = mask.stride(i - missing);
-  }
-}
-
-std::tuple<Tensor, Tensor> masked_softmax_forward(const Tensor& scores, const OptionalTensor& mask,
-                                                  double scale, bool causal, double dropout_p,
-                                                  const OptionalTensor& seed, int64_t stream,
-                                                  const OptionalTensor& row_ids,
-                                                  int64_t head_offset) {
-  MaskedSoftmaxForward args;
-  args.scores = scores_of(scores, "scores", scores, args.scores_strides);
-  args.batch = scores.size(0);
-  args.heads = scores.size(1);
-  args.queries = scores.size(2);
-  args.keys = scores.size(3);
-  args.dtype = dtype_of(scores, "scores");
-  Tensor dense_mask;
-  args.mask = nullptr;
-  if (mask.has_value()) {
-    dense_mask = *mask;
-    broadcast_strides(dense_mask, scores, args.mask_strides);
-    if (args.mask_strides[3] > 1) {
-      dense_mask = torch::stable::contiguous(dense_mask);
-      broadcast_strides(dense_mask, scores, args.mask_strides);
-    }
-    args.mask = static_cast<const uint8_t*>(dense_mask.const_data_ptr());
-  }
-  args.scale = scale;
-  args.causal = causal;
-  const int64_t tokens = args.batch * args.queries;
-  const Dropout dropout(dropout_p, seed, stream, row_ids, tokens, 0, head_offset);
-  args.key = dropout.key();
-  args.dropout_scale = dropout.scale();
-  Tensor y = new_empty(scores, {args.batch, args.heads, args.queries, args.keys});
-  Tensor probs = args.key ? torch::stable::empty_like(y) : new_empty(scores, {0});
-  args.y = y.mutable_data_ptr();
-  args.probs = args.key ? probs.mutable_data_ptr() : nullptr;
-  kernels().masked_softmax_forward(args, parallel_for);
-  return {y, probs};
-}
-
-Tensor masked_softmax_backward(const Tensor& grad_y, const Tensor& probs, double scale,
-                               double dropout_p, const OptionalTensor& seed, int64_t stream,
-                               const OptionalTensor& row_ids, int64_t head_offset) {
-  MaskedSoftmaxBackward args;
-  args.probs = scores_of(probs, "probs", probs, args.probs_strides);
-  args.grad_y = scores_of(grad_y, "grad_y", probs, args.grad_y_strides);
-  args.batch = probs.size(0);
-  args.heads = probs.size(1);
-  args.queries = probs.size(2);
-  args.keys = probs.size(3);
-  args.dtype = dtype_of(probs, "probs");
-  args.scale = scale;
-  const int64_t tokens = args.batch * args.queries;
-  const Dropout dropout(dropout_p, seed, stream, row_ids, tokens, 0, head_offset);
-  args.key = dropout.key();
-  args.dropout_scale = dropout.scale();
-  Tensor grad_scores = new_empty(probs, {args.batch, args.heads, args.queries, args.keys});
-  args.grad_scores = grad_scores.mutable_data_ptr();
-  kernels().masked_softmax_backward(args, parallel_for);
-  return grad_scores;
-}
-
-VocabularyShard shard_of(const Tensor& logits, const Tensor& target, int64_t vocab_start,
-                         int64_t num_classes, int64_t ignore_index) {
-  STD_TORCH_CHECK(logits.dim() == 2, "logits has shape ", shape_string(logits),
-                  "; expected two dimensions");
-  VocabularyShard shard;
-  shard.tokens = logits.size(0);
-  shard.columns = logits.size(1);
-  const int64_t rest = num_classes - vocab_start;
-  shard.live = rest < 0 ? 0 : rest < shard.columns ? rest : shard.columns;
-  shard.vocab_start = vocab_start;
-  shard.num_classes = num_classes;
-  shard.ignore_index = ignore_index;
-  shard.dtype = dtype_of(logits, "logits");
-  shard.logits = matrix_of(logits, "logits", shard.tokens, shard.columns, logits.scalar_type());
-  shard.target =
-      static_cast<const int64_t*>(vector_of(target, "target", shard.tokens, ScalarType::Long));
-  return shard;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_statistics(const Tensor& logits,
-                                                                    const Tensor& target,
-                                                                    int64_t vocab_start,
-                                                                    int64_t num_classes,
-                                                                    int64_t ignore_index) {
-  CrossEntropyStatistics args;
-  args.shard = shard_of(logits, target, vocab_start, num_classes, ignore_index);
-  const ScalarType type = accumulation_type(logits);
-  Tensor max = new_empty(logits, {args.shard.tokens}, type);
-  Tensor sum_exp = new_empty(logits, {args.shard.tokens}, type);
-  Tensor target_logit = new_empty(logits, {args.shard.tokens}, type);
-  Tensor sum_logits = new_empty(logits, {args.shard.tokens}, type);
-  args.max = max.mutable_data_ptr();
-  args.sum_exp = sum_exp.mutable_data_ptr();
-  args.target_logit = target_logit.mutable_data_ptr();
-  args.sum_logits = sum_logits.mutable_data_ptr();
-  kernels().cross_entropy_statistics(args, parallel_for);
-  return {max, sum_exp, target_logit, sum_logits};
-}
-
-Tensor cross_entropy_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                              const Tensor& max, const Tensor& sum_exp, int64_t vocab_start,
-                              int64_t num_classes, int64_t ignore_index, double label_smoothing) {
-  CrossEntropyBackward args;
-  args.shard = shard_of(logits, target, vocab_start, num_classes, ignore_index);
-  args.label_smoothing = label_smoothing;
-  const ScalarType type = accumulation_type(logits);
-  const int64_t tokens = args.shard.tokens;
-  args.grad_loss = vector_of(grad_loss, "grad_loss", tokens, type);
-  args.max = vector_of(max, "max", tokens, type);
-  args.sum_exp = vector_of(sum_exp, "sum_exp", tokens, type);
-  Tensor grad_logits = new_empty(logits, {tokens, args.shard.columns});
-  args.grad_logits = grad_logits.mutable_data_ptr();
-  kernels().cross_entropy_backward(args, parallel_for);
-  return grad_logits;
-}
-
-Tensor dropout_keep_mask(const Tensor& seed, const Tensor& row_ids, double p, int64_t stream,
-                         int64_t num_columns, int64_t column_offset, int64_t head_offset,
-                         int64_t num_heads) {
-  STD_TORCH_CHECK(row_ids.dim() == 2, "row_ids has shape ", shape_string(row_ids),
-                  "; expected two dimensions");
-  const Tensor ids = torch::stable::contiguous(row_ids);
-  DropoutMask args;
-  args.batch = ids.size(0);
-  args.heads = num_heads;
-  args.queries = ids.size(1);
-  args.columns = num_columns;
-  args.key = dropout_key(seed, ids, ids.numel(), p, stream, column_offset, head_offset);
-  Tensor keep =
-      new_empty(ids, {args.batch, args.heads, args.queries, args.columns}, ScalarType::Bool);
-  args.keep = static_cast<bool*>(keep.mutable_data_ptr());
-  kernels().dropout_mask(args, parallel_for);
-  return keep;
-}
+struct Cpu {
+  struct Guard {
+    explicit Guard(const Tensor&) {}
+  };
+  static int64_t partial_sums(int64_t rows) { return tpcore::partial_sums(rows); }
+#define TPCORE_LAUNCH(name, Arguments) \
+  static void name(const Arguments& args) { kernels().name(args, parallel_for); }
+  TPCORE_LAUNCHERS(TPCORE_LAUNCH)
+#undef TPCORE_LAUNCH
+};
 
 }  // namespace
 
-// Everything this library serves: registered below, and reported to Python from the same list.
+// Besides those of ops.h, which every device has.
 // clang-format off
-#define TPCORE_CPU_OPS(op)           \
-  op(layer_norm_forward)             \
-  op(add_layer_norm_forward)         \
-  op(layer_norm_backward)            \
-  op(bias_gelu_forward)              \
-  op(bias_gelu_backward)             \
-  op(bias_dropout_residual_forward)  \
-  op(bias_dropout_residual_backward) \
-  op(masked_softmax_forward)         \
-  op(masked_softmax_backward)        \
-  op(cross_entropy_statistics)       \
-  op(cross_entropy_backward)         \
-  op(dropout_keep_mask)              \
-  op(shm_publish)                    \
-  op(shm_complete)                   \
+#define TPCORE_CPU_ONLY_OPS(op) \
+  op(shm_publish)               \
+  op(shm_complete)              \
   op(shm_exchange)
 // clang-format on
 
 STABLE_TORCH_LIBRARY_IMPL(tpcore, CPU, m) {
+#define TPCORE_REGISTER(name) m.impl(#name, TORCH_BOX(&name<Cpu>));
+  TPCORE_OPS(TPCORE_REGISTER)
+#undef TPCORE_REGISTER
 #define TPCORE_REGISTER(name) m.impl(#name, TORCH_BOX(&name));
-  TPCORE_CPU_OPS(TPCORE_REGISTER)
+  TPCORE_CPU_ONLY_OPS(TPCORE_REGISTER)
 #undef TPCORE_REGISTER
 }
 
@@ -383,7 +51,8 @@ extern "C" __attribute__((visibility("default"))) const char* tpcore_library_inf
     }
     std::string ops;
 #define TPCORE_LIST(name) ops += std::string(ops.empty() ? "\"" : ", \"") + #name + "\"";
-    TPCORE_CPU_OPS(TPCORE_LIST)
+    TPCORE_OPS(TPCORE_LIST)
+    TPCORE_CPU_ONLY_OPS(TPCORE_LIST)
 #undef TPCORE_LIST
     return std::string("{\"isa\": \"") + tpcore::cpu_kernels()->isa + "\", \"ops\": [" + ops + "]}";
   }();

@@ -20,14 +20,11 @@ _SCALARS: dict[str, type] = {
     "uint32_t": ctypes.c_uint32,
     "double": ctypes.c_double,
     "bool": ctypes.c_bool,
-    "DType": ctypes.c_int32,
-    "Gelu": ctypes.c_int32,
 }
 
 
 def _declarations(body: str) -> list[tuple[str, str]]:
     """(type, declarator) of every field: pointers keep their star, arrays their brackets."""
-    body = re.sub(r"//[^\n]*", "", body)
     found = []
     for statement in filter(None, (" ".join(s.split()) for s in body.split(";"))):
         base, declarators = re.fullmatch(r"(?:const )?(\w+)\s*(.*)", statement).groups()
@@ -37,20 +34,20 @@ def _declarations(body: str) -> list[tuple[str, str]]:
 
 
 def read_structs() -> dict[str, type[ctypes.Structure]]:
-    """Name -> structure, of every plain struct in the header."""
+    """Name -> structure, of every struct in the header that is nothing but plain fields."""
     structs: dict[str, type[ctypes.Structure]] = {}
-    pattern = r"^struct (\w+) \{\n(.*?)^\};"
-    for name, body in re.findall(pattern, HEADER.read_text(), re.MULTILINE | re.DOTALL):
-        if "(*" in body:
-            continue  # a table of functions, not arguments
+    header = re.sub(r"//[^\n]*", "", HEADER.read_text())
+    for name, body in re.findall(r"^struct (\w+) \{\n(.*?)^\};", header, re.MULTILINE | re.DOTALL):
+        if re.search(r"[({]", body):
+            continue  # a table of functions, or an enumeration inside: no launcher takes it
         fields = []
         for base, declarator in _declarations(body):
+            # What is no scalar and no struct is an enumeration of 32 bits.
+            kind: type = structs.get(base) or _SCALARS.get(base, ctypes.c_int32)
             if "*" in declarator:
-                kind: type = ctypes.c_void_p
-            else:
-                kind = _SCALARS.get(base) or structs[base]
-                if "[" in declarator:
-                    kind = kind * int(declarator.split("[")[1].rstrip("]"))
+                kind = ctypes.c_void_p
+            elif "[" in declarator:
+                kind = kind * int(declarator.split("[")[1].rstrip("]"))
             fields.append((re.search(r"\w+", declarator).group(), kind))
         structs[name] = type(name, (ctypes.Structure,), {"_fields_": fields})
     return structs
