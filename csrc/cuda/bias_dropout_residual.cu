@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(kTileThreads, 4)
 
   for_each_row_of_run(args.rows, [&](int64_t row) {
     const Packed<T, N> x = load<N>(row_of<T>(args.x, row) + begin, lanes);
-    const T* residual = args.residual.data ? row_of<T>(args.residual, row) : nullptr;
-    const Vector<A, N> rest = load_or<N>(residual, begin, lanes, A(0));
+    Packed<T, N> residual = {};
+    if (args.residual.data) residual = load<N>(row_of<T>(args.residual, row) + begin, lanes);
     Vector<A, N> value;
 #pragma unroll
     for (int i = 0; i < N; ++i) value[i] = x[i] + bias[i];
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kTileThreads, 4)
       drop(value, bits, static_cast<A>(args.scale));
     }
 #pragma unroll
-    for (int i = 0; i < N; ++i) value[i] += rest[i];
+    for (int i = 0; i < N; ++i) value[i] += residual[i];
     store(static_cast<T*>(args.y) + row * args.columns + begin, lanes, narrow<T>(value));
   });
 }

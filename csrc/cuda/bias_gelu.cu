@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kTileThreads) forward(BiasGeluForward args) {
 }
 
 template <class T, class P>
-__global__ void __launch_bounds__(kTileThreads) backward(BiasGeluBackward args) {
+__global__ void __launch_bounds__(kTileThreads, 1) backward(BiasGeluBackward args) {
   using A = Acc<T>;
   constexpr int N = kVector<T>;
   __shared__ A scratch[kTileThreads * N];

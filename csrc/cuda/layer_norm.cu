@@ -89,9 +89,9 @@ __global__ void __launch_bounds__(kMaxThreads) forward(LayerNormForward args) {
 
 constexpr int kBackwardThreads = 512;  // leaves 128 registers to a thread
 
-// 16 columns per thread, 8 in double precision: their sums take 32 registers.
+// 16 columns per thread, 4 in double precision: their sums take 32 or 16 registers.
 template <class T>
-constexpr int kBackwardVectors = sizeof(T) == 2 ? 2 : 4;
+constexpr int kBackwardVectors = sizeof(T) == 4 ? 4 : 2;
 
 template <class A>
 struct RowStatistics {
