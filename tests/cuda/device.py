@@ -57,6 +57,11 @@ class Mutation(NamedTuple):
     new: str
     kernels: str
 
+    @property
+    def op(self) -> str:
+        """Whose kernels they are."""
+        return self.kernels.removesuffix(".cu")
+
 
 def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True)
