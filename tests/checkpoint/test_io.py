@@ -277,7 +277,7 @@ def test_saving_again_needs_overwrite_and_a_checkpoint(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     for overwrite in (False, True):
-        with pytest.raises(CheckpointError, match="file: "):
+        with pytest.raises(CheckpointError, match=r"file: (exists|is no checkpoint)"):
             checkpoint.save(model, file, overwrite=overwrite)
     assert sorted(child.name for child in tmp_path.iterdir()) == ["file", "other", "x"]
 
@@ -358,6 +358,40 @@ def test_a_source_inside_its_destination_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match="holds the source"):
             checkpoint.convert(source, root, to="megatron", overwrite=True)
     assert checkpoint.inspect(root).iteration == 10
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_destination_inside_its_source_is_refused(tmp_path, overwrite):
+    root = tiny.write_megatron(tmp_path / "x", tiny.random_model(), tp=2)
+    (tmp_path / "link").symlink_to(root)
+    before = sorted(tmp_path.rglob("*"))
+    for source in (root, tmp_path / "link"):
+        for destination in (root / "iter_0000010", root / "new", tmp_path / "link" / "new"):
+            with pytest.raises(CheckpointError, match="lies inside the source"):
+                checkpoint.convert(source, destination, to="megatron", overwrite=overwrite)
+    assert sorted(tmp_path.rglob("*")) == before
+    _same_parameters(checkpoint.load(root), checkpoint.load(tmp_path / "link"))
+
+
+def test_a_destination_that_a_link_leads_to_from_the_source_is_refused(tmp_path):
+    root = tiny.write_megatron(tmp_path / "x", tiny.random_model())
+    (root / "iter_0000010").rename(tmp_path / "weights")
+    (root / "iter_0000010").symlink_to(tmp_path / "weights")
+    with pytest.raises(CheckpointError, match="holds the source"):
+        checkpoint.convert(root, tmp_path / "weights", to="megatron", overwrite=True)
+    hugging_face = tmp_path / "hf"
+    checkpoint.convert(root, hugging_face, to="huggingface")
+    with pytest.raises(CheckpointError, match="lies inside the source"):
+        checkpoint.convert(hugging_face / "model.safetensors", hugging_face / "y", to="megatron")
+    assert checkpoint.inspect(root).iteration == 10
+
+
+def test_a_source_where_the_new_folder_is_prepared_is_refused(tmp_path):
+    for name in (".x.incomplete", ".x.replaced"):
+        root = tiny.write_megatron(tmp_path / name, tiny.random_model())
+        with pytest.raises(CheckpointError, match="holds the source"):
+            checkpoint.convert(root, tmp_path / "x", to="megatron")
+        assert checkpoint.inspect(root).iteration == 10
 
 
 def test_overrides_and_tokenizer_files_go_into_the_new_checkpoint(tmp_path):

@@ -202,6 +202,14 @@ def test_export_is_a_checkpoint_with_the_head(
         assert torch.equal(model.forward_packed(batch.packed).logits, ours)
 
 
+def test_export_into_the_run_or_over_it_is_refused(run: Path) -> None:
+    before = sorted(run.rglob("*"))
+    for destination in (run / "checkpoints", run / "new", run, run.parent):
+        with pytest.raises(CheckpointError, match="source"):
+            export_run(run, destination, format="megatron", overwrite=True)
+    assert sorted(run.rglob("*")) == before
+
+
 # --- damage -------------------------------------------------------------------------------------
 
 

@@ -121,6 +121,7 @@ def read(path: Path) -> CanonicalState:
                 qkv_layout="separate q, k, v",
                 lowercase=lowercase if isinstance(lowercase, bool) else None,
                 notes=(f"architecture: {architecture_from_fields(fields) or 'not said'}",),
+                files=(folder / CONFIG, *_weights_files(folder)),
                 tokenizer_files=tokenizer_files([folder]),
             ),
         )
@@ -196,6 +197,15 @@ def _weights_file(folder: Path) -> Path | None:
     return None
 
 
+def _weights_files(folder: Path) -> list[Path]:
+    """The weights, or the index and all its parts."""
+    file = _weights_file(folder)
+    assert file is not None
+    if not file.name.endswith(INDEX_SUFFIX):
+        return [file]
+    return [file, *(folder / name for name in sorted(set(_weight_map(file).values())))]
+
+
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder by its name in the file, none of them read."""
     file = _weights_file(folder)
@@ -203,11 +213,7 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{folder}: holds neither {SAFETENSORS} nor {PICKLE}")
     if not file.name.endswith(INDEX_SUFFIX):
         return _read_weights(file)
-    shards = read_json(file).get("weight_map")
-    if not isinstance(shards, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in shards.values()
-    ):
-        raise CheckpointError(f"{file}: has no weight_map from parameters to file names")
+    shards = _weight_map(file)
     stored: dict[str, StoredTensor] = {}
     for name in sorted(set(shards.values())):
         for key, tensor in _read_weights(folder / name).items():
@@ -220,6 +226,16 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     if missing:
         raise CheckpointError(f"{file}: lists {names.listing(sorted(missing))}, found in no file")
     return stored
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Parameter -> name of the file that holds it."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(
+        isinstance(name, str) and Path(name).name == name for name in shards.values()
+    ):
+        raise CheckpointError(f"{index}: has no weight_map from parameters to file names")
+    return shards
 
 
 def _read_weights(file: Path) -> dict[str, StoredTensor]:

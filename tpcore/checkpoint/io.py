@@ -183,8 +183,7 @@ def convert(
     source, destination = Path(source), Path(destination).resolve()
     state = _read(source, qkv_layout, config_overrides)
     _check_writable(state, to, tensor_parallel_size)
-    if source.resolve().is_relative_to(destination):
-        raise CheckpointError(f"{destination}: holds the source {source}; choose another folder")
+    folders.check_apart(destination, state.source.path, state.source.files)
     _prepare(destination, overwrite)
     try:
         single = TensorParallelGroup.single()
@@ -242,7 +241,7 @@ def _prepare(destination: Path, overwrite: bool) -> None:
     replaceable = overwrite and (
         huggingface.recognise(destination) or megatron_files.recognise(destination)
     )
-    if overwrite and not replaceable and destination.exists() and any(destination.iterdir()):
+    if overwrite and not replaceable and destination.exists() and not folders.is_empty(destination):
         raise CheckpointError(f"{destination}: is no checkpoint; only a checkpoint is overwritten")
     folders.prepare(destination, replaceable=replaceable)
 

@@ -125,6 +125,7 @@ def read(
                 qkv_layout=layout,
                 lowercase=lowercase_from_args(args),
                 notes=first.notes,
+                files=tuple(file for row in files for file in row),
                 tokenizer_files=tokenizer_files(folders),
             ),
         )

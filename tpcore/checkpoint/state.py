@@ -69,6 +69,8 @@ class Source:
     qkv_layout: str = ""
     lowercase: bool | None = None
     notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+    """All files that hold weights or settings."""
     tokenizer_files: tuple[Path, ...] = ()
 
 

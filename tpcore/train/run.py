@@ -18,6 +18,7 @@ import torch
 from tpcore import checkpoint
 from tpcore.checkpoint import CheckpointInfo
 from tpcore.checkpoint.errors import CheckpointError
+from tpcore.checkpoint.folders import check_apart
 from tpcore.checkpoint.names import VOCABULARY_PARAMETERS
 from tpcore.checkpoint.state import check_tensor_parallel_size, resize_vocabulary
 from tpcore.models.bert import BertModel
@@ -158,6 +159,7 @@ def export_run(
     Raises:
         CheckpointError: as `load_run` and `checkpoint.save`.
     """
+    check_apart(Path(destination), find_run(path))
     run = load_run(path)
     folder = run.path / TOKENIZER_FOLDER
     checkpoint.save(
