@@ -11,6 +11,10 @@ from torch import Tensor
 from tests.helpers.numerics import assert_as_accurate_as_torch
 from tpcore import _native
 from tpcore.kernels import record_backends, use_backend
+from tpcore.kernels.triton import refusal
+
+# "cpu", unless TPCORE_TEST_DEVICE says otherwise (see conftest.py).
+DEVICE = torch.get_default_device().type
 
 # (dtype of x, dtype of the parameters)
 DTYPES = {
@@ -24,8 +28,9 @@ DTYPES = {
 
 
 def by_backends(*names: str) -> pytest.MarkDecorator:
-    """Runs a test on the backends that serve its op on the CPU."""
-    return pytest.mark.parametrize("backend", names)
+    """Runs a test on those of the backends that serve DEVICE, and on triton where it does."""
+    names = tuple(name for name in names if name in (DEVICE, "reference"))
+    return pytest.mark.parametrize("backend", names if refusal(DEVICE) else (*names, "triton"))
 
 
 by_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
@@ -34,6 +39,8 @@ by_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
 def require(backend: str) -> None:
     """Skips where the library was knowingly not built; anything else is a failure later on."""
     if backend == "cpu":
+        if DEVICE != "cpu":
+            pytest.skip(f"the tests run on {DEVICE}")
         status, built = _native.status("cpu"), _native.build_record().get("cpu", {})
         if not status.loaded and not built.get("built", False):
             pytest.skip(f"no compiled CPU library: {status.reason}")

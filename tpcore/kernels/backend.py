@@ -10,7 +10,6 @@ a choice that cannot be honoured is an error.
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,24 +40,9 @@ _PREFERENCES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "t
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# A process-wide override rather than a context variable: torch.compile guards on it, and backward,
-# which may run on another thread, keeps the choice its forward made.
-_forced: str | None = None
-_recorder: list[tuple[str, str]] | None = None
 
-
-def _parse(name: str, origin: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{origin} is {name!r}; expected one of {', '.join(BACKENDS)}")
-    return name
-
-
-if os.environ.get("TPCORE_BACKEND"):
-    _forced = _parse(os.environ["TPCORE_BACKEND"], "the environment variable TPCORE_BACKEND")
-
-
-@functools.cache
-def _cached_device_refusal(backend: str, op: str, device: str) -> str:
+def _device_refusal(backend: str, op: str, device: str) -> str:
+    """Why a backend does not serve an op on a device type; empty if it does."""
     if backend == "reference":
         return ""
     if backend == "triton":
@@ -72,27 +56,34 @@ def _cached_device_refusal(backend: str, op: str, device: str) -> str:
     return f"the compiled library has no {missing[0]}" if missing else ""
 
 
-@functools.cache
-def _cached_preference(op: str, device: str) -> str:
-    for backend in _PREFERENCES.get(device, ()):
-        if not _cached_device_refusal(backend, op, device):
+def _preferred(op: str, device: str) -> str:
+    for backend in _PREFERENCES[device]:
+        if not _device_refusal(backend, op, device):
             return backend
     return "reference"
 
 
-# Neither changes during a process, and torch.compile need not look inside.
+# (op, device type) -> the backend that serves it unasked. Nothing in it changes during a process.
+_PREFERRED = {(op, device): _preferred(op, device) for op in OPS for device in _PREFERENCES}
+
+# The process-wide override, and (op, device type) -> why it cannot be honoured there. Globals
+# rather than context variables: torch.compile guards on them, and backward, which may run on
+# another thread, keeps the choice its forward made.
+_forced: str | None = None
+_forced_refusals: dict[tuple[str, str], str] = {}
+_recorder: list[tuple[str, str]] | None = None
 
 
-@torch.compiler.assume_constant_result
-def _device_refusal(backend: str, op: str, device: str) -> str:
-    """Why a backend does not serve an op on a device type; empty if it does."""
-    return _cached_device_refusal(backend, op, device)
+def _force(name: str | None, origin: str = "the backend") -> None:
+    global _forced, _forced_refusals
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{origin} is {name!r}; expected one of {', '.join(BACKENDS)}")
+    _forced = name
+    if name is not None:
+        _forced_refusals = {key: _device_refusal(name, *key) for key in _PREFERRED}
 
 
-@torch.compiler.assume_constant_result
-def _preference(op: str, device: str) -> str:
-    """The backend that serves an op on a device type, unless another is asked for."""
-    return _cached_preference(op, device)
+_force(os.environ.get("TPCORE_BACKEND") or None, "the environment variable TPCORE_BACKEND")
 
 
 def _dtype_refusal(backend: str, x: Tensor, parameters: tuple[Tensor | None, ...]) -> str:
@@ -144,12 +135,13 @@ def choose(op: str, x: Tensor, *parameters: Tensor | None) -> str:
     """
     device = x.device.type
     if _forced is None:
-        backend = _preference(op, device)
+        backend = _PREFERRED.get((op, device), "reference")
         if _dtype_refusal(backend, x, parameters):
             backend = "reference"
     else:
         backend = _forced
-        reason = _device_refusal(backend, op, device) or _dtype_refusal(backend, x, parameters)
+        reason = "" if backend == "reference" else _forced_refusals.get((op, device), "not served")
+        reason = reason or _dtype_refusal(backend, x, parameters)
         if reason:
             raise ValueError(
                 f"backend {backend!r} was asked for, but it cannot serve {op} of this {device} "
@@ -173,12 +165,12 @@ def use_backend(name: Backend) -> Iterator[None]:
         ValueError: if there is no such backend. An op that the backend cannot serve raises when it
             is called.
     """
-    global _forced
-    previous, _forced = _forced, _parse(name, "the backend")
+    previous = _forced
+    _force(name)
     try:
         yield
     finally:
-        _forced = previous
+        _force(previous)
 
 
 @contextmanager
@@ -220,7 +212,7 @@ def explain() -> list[Explanation]:
 
 
 def _explain(op: str, device: str) -> Explanation:
-    serves = _preference(op, device) if _forced is None else _forced
+    serves = _PREFERRED[op, device] if _forced is None else _forced
     refusals = {}
     if _forced is not None and (reason := _device_refusal(serves, op, device)):
         serves, refusals[_forced] = "none", f"asked for explicitly, but {reason}"

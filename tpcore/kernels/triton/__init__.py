@@ -4,7 +4,8 @@ They are an op family of their own, `torch.ops.tpcore_triton`, with the schemas 
 `torch.ops.tpcore`, and not the CUDA implementations of that family: so a process may hold both and
 `use_backend` choose between them, and Triton's interpreter can serve CPU tensors beside the
 compiled CPU kernels. The ops are opaque: torch.compile(fullgraph=True) sees their schemas, never
-the kernels inside. Importing this package does not import triton; the first call does.
+the kernels inside. Importing this package does not import triton; `refusal` does where the
+kernels could run.
 
 One file per op, one anatomy: kernels, then the raw ops that launch them. A kernel works on tiles of
 rows x columns and computes in float32. It is compiled per dtype, alignment and power of two of the
@@ -18,6 +19,8 @@ import os
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
+
+import torch
 
 from tpcore._native import define_ops
 
@@ -57,6 +60,8 @@ def refusal(device: str) -> str:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device != "cuda" and not (device == "cpu" and interpreted):
         return "serves cuda tensors only, or with TRITON_INTERPRET=1 cpu tensors, slowly"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "torch.cuda.is_available() is False"
     try:
         import_module("triton")
     except Exception as error:  # a broken installation may raise anything
