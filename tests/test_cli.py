@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +368,60 @@ def test_finetune_starts_its_own_ranks(tp_size: int, dp_size: int, folder: Path)
     assert ranks == [f"mp_rank_{rank:02d}" for rank in range(tp_size)]
     assert "lr: 0.0001" in (run / "config.yaml").read_text()
     assert main(["evaluate", str(run)]) == 0
+
+
+def _children(pid: int) -> list[int]:
+    """The ranks of a launcher, oldest first."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return sorted(map(int, text.split()))
+
+
+@pytest.fixture
+def endless_run(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Two ranks in the middle of a training that ends only when it is told to."""
+    endless = {"trainer__max_epochs": 100000, "trainer__val_check_interval": 4}
+    command = [*PYTHON, "finetune", _yaml(folder, **endless), "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        command,
+        env=_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    last = folder / "runs/tiny/v/checkpoints/mp_rank_01/tiny-last.ckpt"
+    deadline = time.monotonic() + 120
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert last.exists()
+    yield process
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("to", ["group", "launcher"])
+def test_interrupted_ranks_end_at_once(
+    to: str, endless_run: subprocess.Popen[str], folder: Path
+) -> None:
+    ranks = _children(endless_run.pid)
+    assert len(ranks) == 2
+    (os.killpg if to == "group" else os.kill)(endless_run.pid, signal.SIGINT)
+    _, errors = endless_run.communicate(timeout=15)  # they used to wait for half a minute
+    assert endless_run.returncode == 130
+    assert errors.splitlines() == ["tpcore: error: interrupted"]
+    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert not list(folder.rglob("*.tmp"))
+    assert main(["evaluate", str(folder / "runs")]) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_rank_is_named_and_ends_the_others(endless_run: subprocess.Popen[str]) -> None:
+    os.kill(_children(endless_run.pid)[1], signal.SIGKILL)
+    _, errors = endless_run.communicate(timeout=30)
+    assert endless_run.returncode == 137
+    assert errors.splitlines() == ["tpcore: error: rank 1 was ended by SIGKILL; was memory short?"]
 
 
 def test_under_torchrun_rank_0_prints_the_line_first(folder: Path) -> None:

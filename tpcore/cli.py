@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 from tpcore import memory
 
 DIVERGED = 1
-INTERRUPTED = 130
 BROKEN_PIPE = 141
 
 
@@ -30,11 +29,20 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors of the user's are one line and status 2."""
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
-    from tpcore.train.launch import report_error
+    try:
+        return _run(arguments, may_restart=argv is None)
+    except KeyboardInterrupt:
+        from tpcore.train.launch import report_interrupt
+
+        return report_interrupt()
+
+
+def _run(arguments: argparse.Namespace, *, may_restart: bool) -> int:
+    from tpcore.train.launch import is_lost_rank, report_error, report_lost_rank
 
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
-        if argv is None and command in (_finetune, _evaluate, _predict):
+        if may_restart and command in (_finetune, _evaluate, _predict):
             memory.restart_process()
         return command(arguments)
     except BrokenPipeError:
@@ -45,9 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.traceback:
             traceback.print_exc()
         return report_error(_describe(error))
-    except KeyboardInterrupt:
-        return report_error("interrupted", INTERRUPTED)
     except RuntimeError as error:
+        if is_lost_rank(error):
+            if arguments.traceback:
+                traceback.print_exc()
+            return report_lost_rank()
         from tpcore.train.trainer import DivergedError
 
         if not isinstance(error, DivergedError):

@@ -8,7 +8,10 @@ torchrun has to say about it.
 
 from __future__ import annotations
 
+import logging
 import os
+import re
+import signal
 import sys
 import time
 import uuid
@@ -22,9 +25,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 USAGE_ERROR = 2
+FAILED = 1
+INTERRUPTED = 130
 PATIENCE_S = 30.0
 """How long a silent rank waits to be ended by torchrun after rank 0 has left."""
+_LOST_PATIENCE_S = 2.0
+"""The same after another rank has gone: its end is the cause, and is to be found first."""
 
+_LAUNCHED = "TPCORE_LAUNCHED"
+"""Set for ranks that `launch` started: it tells how they ended, so they need not."""
+
+_LOST = re.compile(
+    r"gloo/transport|connection (was )?(closed|reset)|NCCL.*(remote|abort)|"
+    r"shared-memory collective: .* (ended|missing|not come|earlier collective)",
+    re.IGNORECASE,
+)
 _CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -54,6 +69,29 @@ def report_error(message: str, status: int = USAGE_ERROR) -> int:
         message = f"rank {rank}: {message}"
     print(f"tpcore: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return status
+
+
+def report_interrupt() -> int:
+    """End after Ctrl-C: one line from whoever was started by the user; returns the status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher passes on what all have heard
+    if is_under_torchrun() and (environment_int("RANK", 0) > 0 or os.environ.get(_LAUNCHED)):
+        # Nobody waits for the others here, nor do destructors of the process group.
+        sys.stdout.flush()
+        os._exit(INTERRUPTED)
+    return report_error("interrupted", INTERRUPTED)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    return environment_int("WORLD_SIZE", 1) > 1 and _LOST.search(str(error)) is not None
+
+
+def report_lost_rank() -> int:
+    """End because another rank has gone, which has said why or was killed; returns the status."""
+    if environment_int("RANK", 0) == 0 and not os.environ.get(_LAUNCHED):
+        report_error("another rank has ended; see above, or it was killed", FAILED)
+    time.sleep(_LOST_PATIENCE_S)
+    return FAILED
 
 
 def on_all_ranks(action: Callable[[], T], tp: TensorParallelGroup, dp: DataParallelGroup) -> T:
@@ -122,13 +160,16 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
     """Run `python -m tpcore <arguments>` on ranks of this machine, by torchrun's own launcher.
 
     Returns the exit status of the first rank that failed, 0 if none did; 128 + its number for a
-    signal. Ranks talk over
-    loopback, on a port that the launcher finds free.
+    signal, which one line names. Ranks talk over loopback, on a port that the launcher finds free.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # What it logs of failures, we say in one line.
+    for part in ("multiprocessing.api", "agent.server.api"):
+        logging.getLogger(f"torch.distributed.elastic.{part}").setLevel(logging.CRITICAL)
+    os.environ[_LAUNCHED] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_ranks)))
     if sys.platform == "linux":
         # All ranks are here; the name of this machine need not resolve for that.
@@ -146,9 +187,17 @@ def launch(arguments: Sequence[str], num_ranks: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "tpcore", *arguments)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
         # Ended by a signal: 128 + its number, as a shell has it.
-        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        hint = "; was memory short?" if name == "SIGKILL" else ""
+        return report_error(f"rank {rank} was ended by {name}{hint}", 128 - failure.exitcode)
     except SignalException as error:  # to this process, and passed on to the ranks
+        if error.sigval == signal.SIGINT:
+            return report_interrupt()
         return 128 + error.sigval
+    finally:
+        del os.environ[_LAUNCHED]
     return 0

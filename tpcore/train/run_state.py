@@ -12,7 +12,8 @@
 
 Rank XX of the tensor-parallel group writes its own shards under `mp_rank_XX`. A checkpoint is
 written under a temporary name on all ranks, and only when all of them have it on disk does it get
-its own: a full disk or a kill leaves the previous one as it was.
+its own: a full disk or a kill leaves the previous one as it was. After a kill (SIGKILL, SIGTERM) a
+`.<file>.tmp` may lie beside it; nothing reads it, and no later run writes into the same folder.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def write_checkpoint(
 
     try:
         on_all_ranks(write, tp, dp)
-    except ValueError:
+    except BaseException:  # Ctrl-C and the end of another rank leave nothing half-written either
         if dp.rank == 0:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
