@@ -225,7 +225,12 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], list[str], list[str]]] = {
     "vocabulary of another model": (
         _longer_vocabulary,
         [],
-        ["vocab_size=329", "256 rows"],
+        ["vocab_size=329", "29 entries"],
+    ),
+    "vocabulary that padding would hide": (
+        lambda folder: (folder / "vocab.txt").open("a").write("more\n"),
+        [],
+        ["vocab_size=30", "29 entries"],
     ),
     "missing vocabulary": (
         lambda folder: None,

@@ -121,6 +121,14 @@ def test_vocabularies_of_another_model(vocab_size, rows, cause):
         check_vocabulary(vocab_size, rows, "file")
 
 
+@pytest.mark.parametrize("vocab_size", [5, 28, 30, 128])
+def test_a_file_that_states_its_vocabulary_takes_no_other(vocab_size):
+    check_vocabulary(29, 128, "file", 29)
+    check_vocabulary(100, 128, "file", 128)  # as many as rows: padding may be counted
+    with pytest.raises(CheckpointError, match=f"vocab_size={vocab_size}.* has 29 entries"):
+        check_vocabulary(vocab_size, 128, "file", 29)
+
+
 def test_heads_from_names():
     assert find_head(["final_norm.bias"]) is None
     assert find_head(["head.lm.bias", "head.binary.bias"]) == "pretraining"

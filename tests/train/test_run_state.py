@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,26 @@ def test_ranks_of_different_steps_are_refused(two_rank_run: Path) -> None:
     torch.save(torch.load(path, weights_only=True) | {"global_step": 3}, path)
     with pytest.raises(CheckpointError, match="of step 3, that of rank 0"):
         load_run(two_rank_run)
+
+
+def _copy_of(run: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(run, folder / "copy"))
+
+
+def test_cut_vocabulary_is_named(run: Path, tmp_path: Path) -> None:
+    copy = _copy_of(run, tmp_path)
+    vocabulary = copy / "tokenizer/vocab.txt"
+    vocabulary.write_text("".join(vocabulary.read_text().splitlines(keepends=True)[:20]))
+    with pytest.raises(CheckpointError, match="tokenizer: its vocabulary has 20 entries"):
+        load_run(copy)
+
+
+def test_labels_that_are_not_those_of_the_head_are_named(run: Path, tmp_path: Path) -> None:
+    copy = _copy_of(run, tmp_path)
+    task = json.loads((copy / "task.json").read_text())
+    (copy / "task.json").write_text(json.dumps(task | {"labels": ["neg", "pos", "x"]}))
+    with pytest.raises(CheckpointError, match=r"task\.json has 3 labels, .* a head of 2"):
+        load_run(copy)
 
 
 def test_unknown_checkpoint_lists_those_there_are(run: Path) -> None:

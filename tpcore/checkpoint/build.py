@@ -54,7 +54,12 @@ def override_config(state: CanonicalState, overrides: Mapping[str, Any]) -> Cano
     if not overrides:
         return state
     if isinstance(overrides.get("vocab_size"), int):
-        check_vocabulary(overrides["vocab_size"], state.vocab_rows, str(state.source.path))
+        check_vocabulary(
+            overrides["vocab_size"],
+            state.vocab_rows,
+            str(state.source.path),
+            state.config.vocab_size,
+        )
     try:
         config = state.config.replace(**overrides)
     except ValueError as error:

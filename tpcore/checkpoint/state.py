@@ -291,15 +291,23 @@ def check_complete(state: StateT) -> StateT:
     return dataclasses.replace(state, tensors=ordered)
 
 
-def check_vocabulary(vocab_size: int, rows: int, where: str) -> None:
+def check_vocabulary(vocab_size: int, rows: int, where: str, stated: int | None = None) -> None:
     """Refuse a vocabulary that cannot be the one the file was trained with.
 
-    A file has `vocab_size` rows, or as many as padding makes of it: up to a multiple of 128 times
-    a tensor-parallel size of up to 8.
+    A file that states a size below its rows means that one. Any other has `vocab_size` rows, or as
+    many as padding makes of it: up to a multiple of 128 times a tensor-parallel size of up to 8.
 
     Raises:
         ValueError: names the likely cause.
     """
+    if stated is not None and stated < rows:
+        if vocab_size == stated:
+            return
+        raise CheckpointError(
+            f"{where}: vocab_size={vocab_size}, but the file says that its vocabulary has {stated} "
+            f"entries (the other rows of {rows} are padding): the vocabulary belongs to another "
+            "model, or is incomplete"
+        )
     padded = {padded_vocab_size_for(vocab_size, size) for size in (1, 2, 4, 8)}
     if vocab_size <= rows < vocab_size + 128 or rows in padded:
         return

@@ -102,7 +102,8 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
     else:
         assert path is not None
         encoder = info.config.replace(vocab_size=tokenizer.vocab_size, padded_vocab_size=None)
-        check_vocabulary(tokenizer.vocab_size, info.vocab_rows, str(path))
+        stated = info.config.vocab_size
+        check_vocabulary(tokenizer.vocab_size, info.vocab_rows, str(path), stated)
         start = f"encoder from {path} ({info.format}, {info.tensor_parallel_size} rank(s))"
     check_tensor_parallel_size(encoder, tp_size)
     if model.dataset.max_seq_length > encoder.max_position_embeddings:

@@ -126,6 +126,7 @@ def load_run(
         task = task_class(task_config.pop("task")).from_config(
             task_config, WordPieceTokenizer.from_file(folder / TOKENIZER_FOLDER)
         )
+        _check_consistent(folder, description, task, encoder)
         model = BertModel(encoder, tp=tp, dtype=torch.float32)
         model.head = build_head(description["head"], encoder, tp=tp, **description["head_kwargs"])
     except (KeyError, TypeError) as error:
@@ -193,6 +194,24 @@ def describe_run(path: Path) -> dict[str, Any]:
         "tensor_model_parallel_size": content["tensor_model_parallel_size"],
         "config": description["config"],
     }
+
+
+def _check_consistent(
+    folder: Path, description: Mapping[str, Any], task: Task, encoder: BertConfig
+) -> None:
+    """Refuse files of a run that do not belong together: nothing else would notice."""
+    entries = task.tokenizer.vocab_size
+    if entries != encoder.vocab_size:
+        raise CheckpointError(
+            f"{folder / TOKENIZER_FOLDER}: its vocabulary has {entries} entries, but the model was "
+            f"trained with {encoder.vocab_size}; restore the file"
+        )
+    wanted, found = task.head_kwargs().get("num_labels"), description["head_kwargs"]
+    if wanted is not None and wanted != found["num_labels"]:
+        raise CheckpointError(
+            f"{folder}: {TASK_FILE} has {wanted} labels, but {MODEL_FILE} a head of "
+            f"{found['num_labels']}; restore the file"
+        )
 
 
 def _load_weights(model: BertModel, files: Sequence[Mapping[str, Any]], where: str) -> None:
