@@ -277,6 +277,25 @@ MISTAKES: dict[str, tuple[Callable[[Path], Any], list[str], list[str]]] = {
         ["model.language_model.config={hiden_size: 3}"],
         ["hiden_size", "did you mean hidden_size?"],
     ),
+    **{
+        f"encoder with {bad}": (
+            lambda folder: None,
+            [
+                "model.language_model.lm_checkpoint=null",
+                "model.language_model.config={hidden_size: 32, num_layers: 1, "
+                f"num_attention_heads: 4, max_position_embeddings: 32, {bad}}}",
+                "model.tokenizer.vocab_file=FOLDER/vocab.txt",
+            ],
+            [expected],
+        )
+        for bad, expected in (
+            ("layernorm_eps: a", "model.language_model.config: layernorm_eps='a'"),
+            ("init_std: -1", "init_std=-1"),
+            ("post_layernorm: maybe", "post_layernorm='maybe'"),
+            ("add_pooler: false", "add_pooler=False"),
+            ("intermediate_size: 1000000000", "intermediate_size=1000000000 is too large"),
+        )
+    },
 }
 
 

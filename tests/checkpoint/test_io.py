@@ -149,6 +149,7 @@ def test_overrides_reach_the_config():
         ({"head": "token_classification", "num_labels": 2, "head_kwargs": {"x": 1}}, "x"),
         ({"hidden_dropuot": 0.1}, "did you mean hidden_dropout?"),
         ({"hidden_dropout": 2.0}, r"hidden_dropout=2\.0 is not a probability"),
+        ({"layernorm_eps": "a"}, "layernorm_eps='a' is not positive"),
         ({"num_layers": 2}, r"blocks\.2\.input_norm\.weight"),
         ({"max_position_embeddings": 512}, r"position_embeddings\.weight has shape \[64, 64\]"),
         ({"num_attention_heads": 8}, "written with 4"),

@@ -60,3 +60,23 @@ def test_dict_round_trip_and_suggestion():
 def test_configuration_needs_no_torch():
     code = "import sys, tpcore.models.config; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("layernorm_eps", value) for value in ("a", None, 0, True, float("nan"), float("inf"))),
+        *(("hidden_dropout", value) for value in ("a", None, True, [0.1])),
+        *(("init_std", value) for value in ("a", -1, None, float("nan"))),
+        *(("post_layernorm", value) for value in ("maybe", 1, None)),
+        *(("hidden_size", value) for value in ("a", None, 10**9, [1], True)),
+        *(("num_token_types", value) for value in ("a", -1, None, True)),
+        *(("padded_vocab_size", value) for value in ("a", 1.5, True)),
+        ("intermediate_size", 10**9),
+        ("add_pooler", "no"),
+        ("gelu", ["none"]),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_named(field, value):
+    with pytest.raises(ValueError, match=f"^{field}="):
+        BertConfig(**{"vocab_size": 8, field: value})

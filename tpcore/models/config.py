@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -63,7 +64,7 @@ class BertConfig:
     """Standard deviation of new weights; output layers get `init_std / sqrt(2 num_layers)`."""
 
     def __post_init__(self) -> None:
-        if self.intermediate_size is None:
+        if self.intermediate_size is None and isinstance(self.hidden_size, int):
             object.__setattr__(self, "intermediate_size", 4 * self.hidden_size)
         if self.lm_head_gelu is None:
             object.__setattr__(self, "lm_head_gelu", self.gelu)
@@ -71,14 +72,23 @@ class BertConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} is not a positive integer")
-        if self.num_token_types < 0:
-            raise ValueError(f"num_token_types={self.num_token_types} is negative; use 0 for none")
+            if value > _LARGEST:
+                raise ValueError(f"{name}={value!r} is too large; at most {_LARGEST} is supported")
+        types = self.num_token_types
+        if not isinstance(types, int) or isinstance(types, bool) or not 0 <= types <= _LARGEST:
+            kind = "negative" if isinstance(types, int) and types < 0 else "no such number"
+            raise ValueError(f"num_token_types={types!r} is {kind}; use 0 for none")
         for name in ("hidden_dropout", "attention_dropout"):
             value = getattr(self, name)
-            if not 0.0 <= value < 1.0:
+            if not (_is_number(value) and 0.0 <= value < 1.0):
                 raise ValueError(f"{name}={value!r} is not a probability in [0, 1)")
-        if not self.layernorm_eps > 0:
+        if not (_is_number(self.layernorm_eps) and 0 < self.layernorm_eps < math.inf):
             raise ValueError(f"layernorm_eps={self.layernorm_eps!r} is not positive")
+        if not (_is_number(self.init_std) and 0 <= self.init_std < math.inf):
+            raise ValueError(f"init_std={self.init_std!r} is not zero or a positive number")
+        for name in ("post_layernorm", "embedding_dropout_after_norm", "add_pooler"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} is neither true nor false")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size={self.hidden_size} cannot be split over "
@@ -88,7 +98,10 @@ class BertConfig:
             if getattr(self, name) not in get_args(Gelu):
                 known = ", ".join(get_args(Gelu))
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use one of {known}")
-        if self.padded_vocab_size is not None and self.padded_vocab_size < self.vocab_size:
+        padded = self.padded_vocab_size
+        if padded is not None and (not isinstance(padded, int) or isinstance(padded, bool)):
+            raise ValueError(f"padded_vocab_size={padded!r} is not an integer, or None")
+        if padded is not None and padded < self.vocab_size:
             raise ValueError(
                 f"padded_vocab_size={self.padded_vocab_size} is below vocab_size={self.vocab_size}"
             )
@@ -134,6 +147,14 @@ _SIZES = (
     "intermediate_size",
     "max_position_embeddings",
 )
+
+
+_LARGEST = 2**24
+"""Of any size: beyond every model, and below what makes an allocator overflow."""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_names(values: Mapping[str, Any]) -> None:

@@ -97,7 +97,10 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
         _check_sizes(sizes, info.config, path)
     tokenizer = find_tokenizer(model, path)
     if info is None:
-        encoder = BertConfig.from_dict({"vocab_size": tokenizer.vocab_size, **overrides})
+        try:
+            encoder = BertConfig.from_dict({"vocab_size": tokenizer.vocab_size, **overrides})
+        except ValueError as error:
+            raise ConfigError(f"model.language_model.config: {error}") from error
         start = "no checkpoint: the encoder starts from random weights"
     else:
         assert path is not None
@@ -117,6 +120,11 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
             "no value for model.train_ds.file_path; pass model.train_ds.file_path=..."
         )
     task = task_class(config.task).create(model, tokenizer, model.train_ds.file_path)
+    if task.head_name == "sequence_classification" and overrides.get("add_pooler") is False:
+        raise ConfigError(
+            f"model.language_model.config has add_pooler=False, but a classifier works "
+            "on the pooler; remove it"
+        )
     train = _load(task, model.train_ds, "train_ds")
     assert train is not None
     validation = _load(task, model.validation_ds, "validation_ds")
@@ -155,7 +163,20 @@ def build_model(job: Job, tp: TensorParallelGroup, device: torch.device) -> Bert
 
     Raises:
         CheckpointError: a file turns out to be damaged.
+        ConfigError: the model does not fit into memory.
     """
+    try:
+        return _build_model(job, tp, device)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and (
+            "allocate memory" not in str(error)
+        ):
+            raise
+        sizes = ", ".join(f"{name}={getattr(job.encoder, name)}" for name in _SIZES)
+        raise ConfigError(f"there is not enough memory for a model of {sizes}") from error
+
+
+def _build_model(job: Job, tp: TensorParallelGroup, device: torch.device) -> BertModel:
     head, kwargs = job.task.head_name, job.task.head_kwargs()
     torch.manual_seed(job.config.trainer.seed)
     if job.checkpoint is not None and not job.has_same_head:
