@@ -142,8 +142,9 @@ def _read_yaml(path: Path) -> tuple[DictConfig, dict[str, int]]:
     """The content and the line number of every dotted key."""
     try:
         text = path.read_text(encoding="utf-8")
-        content = OmegaConf.create(text)
         root = yaml.compose(text)
+        # A bare scalar is no configuration to OmegaConf, and not even an error of its own.
+        content = OmegaConf.create(text) if root is None or _is_mapping(root) else None
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
@@ -154,6 +155,11 @@ def _read_yaml(path: Path) -> tuple[DictConfig, dict[str, int]]:
 
     def walk(node: yaml.Node, prefix: str) -> None:
         for key, value in node.value:
+            if key.tag not in _TEXT_TAGS:
+                raise ConfigError(
+                    f"{path}:{key.start_mark.line + 1}: the key {_shown(key)} is not a text to "
+                    "YAML (on, off, yes and no are true and false); put it in quotes or remove it"
+                )
             lines[f"{prefix}{key.value}"] = key.start_mark.line + 1
             if _is_mapping(value):
                 walk(value, f"{prefix}{key.value}.")
@@ -161,6 +167,13 @@ def _read_yaml(path: Path) -> tuple[DictConfig, dict[str, int]]:
     if root is not None:
         walk(root, "")
     return content, lines
+
+
+_TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+
+
+def _shown(key: yaml.Node) -> str:
+    return str(key.value) if isinstance(key, yaml.ScalarNode) else "in brackets"
 
 
 def _is_mapping(node: yaml.Node) -> bool:
@@ -182,7 +195,13 @@ def _merge(
     where: Callable[[str], str],
 ) -> DictConfig:
     """`base` with `content` over it; `sources` and `missing` follow what was set."""
-    for key, value in _check_keys(OmegaConf.to_container(content), TrainConfig, "", where):
+    items = list(_check_keys(OmegaConf.to_container(content), TrainConfig, "", where))
+    for key, value in items:
+        if isinstance(value, list) and key == "model.language_model.config":
+            # OmegaConf has no error of its own for this.
+            raise ConfigError(
+                f"{key} ({where(key)}) is {value!r}; expected a mapping of names to values"
+            )
         sources[key] = where(key)
         missing.discard(key)
         if value == MISSING:
