@@ -77,3 +77,24 @@ def test_row_ids_name_the_token_not_its_place():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_masks_of_zeros_and_ones_of_any_dtype(dtype):
+    mask = torch.tensor([[1, 1, 0]]).to(dtype)
+    assert pack(torch.tensor([[5, 6, 7]]), mask).input_ids.tolist() == [5, 6]
+
+
+@pytest.mark.parametrize(
+    "mask", [[0.0, 0.0, -10000.0], [1.0, 0.5, 0.0], [1, 2, 0], [0.0, 1, -torch.inf]]
+)
+def test_other_masks_are_refused(mask):
+    with pytest.raises(ValueError, match="attention_mask holds other values than 0 and 1"):
+        pack(torch.tensor([[5, 6, 7]]), torch.tensor([mask]))
+
+
+@pytest.mark.parametrize("name", ["input_ids", "token_type_ids"])
+def test_ids_are_integers(name):
+    ids = torch.tensor([[1, 2]])
+    with pytest.raises(ValueError, match=f"{name} has dtype torch.float32; expected integers"):
+        pack(**{"input_ids": ids, name: ids.float()})

@@ -89,7 +89,7 @@ class BertModel(nn.Module):
 
         Args:
             input_ids: int [b, s].
-            attention_mask: [b, s], nonzero = attend; None: all tokens are real.
+            attention_mask: [b, s], 1 = attend, 0 = padding; None: all tokens are real.
             token_type_ids: int [b, s]; None: zeros.
             labels: what the head asks for; None: no loss.
             sample_ids: int64 [b], the samples' names in the dropout key; None: 0 .. b-1.

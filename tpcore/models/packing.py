@@ -53,19 +53,23 @@ def pack(
 
     Args:
         input_ids: int [b, s].
-        attention_mask: [b, s], nonzero = a real token; None: all are real. Padding may stand
-            anywhere in a row; a token keeps the position of its column.
+        attention_mask: [b, s], 1 or True = a real token, 0 or False = padding; None: all are
+            real. Padding may stand anywhere in a row; a token keeps the position of its column.
         token_type_ids: int [b, s]; None: zeros.
         sample_ids: int64 [b], names of the samples for the dropout key; None: 0 .. b-1.
 
     Raises:
-        ValueError: shapes do not match, or a row of `attention_mask` has no token.
+        ValueError: shapes do not match, ids are no integers, `attention_mask` holds other values
+            than 0 and 1, or a row of it has no token.
     """
     if input_ids.dim() != 2:
         raise ValueError(
             f"input_ids has shape {list(input_ids.shape)}; expected [batch, sequence]: "
             "add a batch dimension with input_ids[None]"
         )
+    for name, tensor in (("input_ids", input_ids), ("token_type_ids", token_type_ids)):
+        if tensor is not None and (tensor.is_floating_point() or tensor.dtype == torch.bool):
+            raise ValueError(f"{name} has dtype {tensor.dtype}; expected integers")
     batch, length = input_ids.shape
     for name, tensor in (("attention_mask", attention_mask), ("token_type_ids", token_type_ids)):
         if tensor is not None and tensor.shape != input_ids.shape:
@@ -77,7 +81,13 @@ def pack(
     if attention_mask is None:
         real = torch.ones(batch, length, dtype=torch.bool, device=device)
     else:
-        real = attention_mask != 0
+        real = attention_mask == 1
+        # An additive mask (0 and -10000) would mean the opposite of what it says.
+        if not (real | (attention_mask == 0)).all():
+            raise ValueError(
+                "attention_mask holds other values than 0 and 1; expected 1 = a real token, 0 = "
+                "padding: of an additive mask pass (mask == 0)"
+            )
     lengths = real.sum(dim=1).tolist()
     if 0 in lengths:
         raise ValueError(
