@@ -188,6 +188,30 @@ def test_a_size_that_does_not_divide_the_heads(tmp_path):
     run_ranks(_check_size_refused, 4, path)
 
 
+def test_a_damaged_tensor_is_noticed(tmp_path):
+    root = tiny.write_megatron(tmp_path / "x", tiny.random_model(), tp=2)
+    file = root / "iter_0000010/mp_rank_01/model_optim_rng.pt"
+    tensor = tiny.random_model()["blocks.0.mlp.dense_out.weight"].chunk(2, 1)[1]
+    content = bytearray(file.read_bytes())
+    start = content.find(tensor.contiguous().numpy().tobytes())
+    content[start + 16 : start + 80] = bytes(64)
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"mp_rank_01/.* is damaged: .*/data/\d+ differs"):
+        checkpoint.convert(root, tmp_path / "y", to="megatron")
+    with pytest.raises(CheckpointError, match=r"mp_rank_01/.* is damaged"):
+        checkpoint.load(root)
+
+
+def test_a_file_without_checksums_is_read(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        root = tiny.write_megatron(tmp_path / "x", tiny.random_model())
+    finally:
+        torch.serialization.set_crc32_options(before)
+    checkpoint.load(root)
+
+
 # --- inspecting ----------------------------------------------------------------------------------
 
 
@@ -289,6 +313,12 @@ def test_formats_and_sizes_that_cannot_be_written(tmp_path):
         checkpoint.save(model, tmp_path / "x", format="nemo")
     with pytest.raises(CheckpointError, match="use 1, 2 or 4"):
         checkpoint.save(model, tmp_path / "x", tensor_parallel_size=3)
+    with pytest.raises(CheckpointError, match="a Linear cannot be saved"):
+        checkpoint.save(torch.nn.Linear(2, 2), tmp_path / "x")
+    model.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(CheckpointError, match=r"no place for: extra\.weight, extra\.bias"):
+        checkpoint.save(model, tmp_path / "x")
+    del model.extra
     model.head = torch.nn.Linear(2, 2)
     with pytest.raises(CheckpointError, match="a Linear has no place"):
         checkpoint.save(model, tmp_path / "x")

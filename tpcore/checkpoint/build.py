@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tpcore.checkpoint.errors import CheckpointError
-from tpcore.checkpoint.names import listing
+from tpcore.checkpoint.names import is_canonical, listing
 from tpcore.checkpoint.state import (
     CanonicalState,
     Source,
@@ -127,6 +127,12 @@ def state_from_model(
     """
     head, kwargs = describe_head(model.head)
     shards = dict(model.state_dict())
+    foreign = [n for n in shards if not is_canonical(n)]
+    if foreign:
+        raise CheckpointError(
+            f"the model has parameters that a checkpoint has no place for: {listing(foreign)}; "
+            "remove those modules, or save them on their own"
+        )
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in shards.items():
         sharding = sharding_of(name)

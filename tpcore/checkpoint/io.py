@@ -15,6 +15,7 @@ from tpcore.checkpoint.build import AUTO, build_model, override_config, state_fr
 from tpcore.checkpoint.errors import CheckpointError
 from tpcore.checkpoint.info import CheckpointInfo
 from tpcore.checkpoint.state import CanonicalState, Source
+from tpcore.checkpoint.unpickle import check_records
 from tpcore.models.bert import BertModel
 from tpcore.parallel.collectives import all_reduce, barrier
 from tpcore.parallel.group import TensorParallelGroup
@@ -61,6 +62,7 @@ def load(
     """
     tp = TensorParallelGroup.single() if tp is None else tp
     state = _read(Path(path), qkv_layout, config_overrides)
+    _check_files(state)
     return build_model(
         state,
         tp=tp,
@@ -105,6 +107,8 @@ def save(
             written; raised on every rank.
     """
     _check_format(format)
+    if not isinstance(model, BertModel):
+        raise CheckpointError(f"a {type(model).__name__} cannot be saved; expected a BertModel")
     tp = model.tp
     destination = Path(path).resolve()
     source = Source(path=Path("model"), format="tpcore", iteration=iteration)
@@ -183,6 +187,7 @@ def convert(
     source, destination = Path(source), Path(destination).resolve()
     state = _read(source, qkv_layout, config_overrides)
     _check_writable(state, to, tensor_parallel_size)
+    _check_files(state)
     folders.check_apart(destination, state.source.path, state.source.files)
     _prepare(destination, overwrite)
     try:
@@ -223,6 +228,11 @@ def _read(path: Path, qkv_layout: str | None, overrides: Mapping[str, Any]) -> C
             f"{huggingface.PICKLE})"
         )
     return override_config(state, overrides)
+
+
+def _check_files(state: CanonicalState) -> None:
+    for file in state.source.files:
+        check_records(file)
 
 
 def _check_format(name: str) -> None:

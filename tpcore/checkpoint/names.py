@@ -77,6 +77,11 @@ def parameter(name: str) -> Parameter:
     return PARAMETERS[re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)]
 
 
+def is_canonical(name: str) -> bool:
+    """Whether `parameter` knows the name."""
+    return re.sub(r"^blocks\.\d+\.", "blocks.{}.", name) in PARAMETERS
+
+
 def shift_layer(name: str, offset: int) -> str:
     """A canonical name with `offset` added to its layer number, if it has one."""
     match = re.match(r"blocks\.(\d+)\.", name)
