@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,9 @@ def test_truncated_file_is_named(two_rank_run: Path, keep: float) -> None:
     path = rank_folder(two_rank_run, 1) / "tiny-last.ckpt"
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if 0 < keep < 1 else int(keep)])
-    with pytest.raises(CheckpointError, match=r"mp_rank_01/tiny-last.ckpt is damaged") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"mp_rank_01/tiny-last.ckpt: .*(damaged|trunc)"
+    ) as caught:
         load_run(two_rank_run)
     assert "\n" not in " ".join(str(caught.value).split())
 
@@ -268,6 +271,45 @@ def test_ranks_of_different_steps_are_refused(two_rank_run: Path) -> None:
 
 def _copy_of(run: Path, folder: Path) -> Path:
     return Path(shutil.copytree(run, folder / "copy"))
+
+
+def test_evil_checkpoint_is_refused_in_our_words(two_rank_run: Path) -> None:
+    path = rank_folder(two_rank_run, 1) / "tiny-last.ckpt"
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"x": subprocess.Popen}, path)
+    with pytest.raises(CheckpointError, match=r"refused .*Popen") as caught:
+        load_run(two_rank_run)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_damaged_tensor_of_a_run_is_noticed(two_rank_run: Path) -> None:
+    path = rank_folder(two_rank_run, 1) / "tiny-last.ckpt"
+    content = bytearray(path.read_bytes())
+    start = content.find(torch.load(path)["state_dict"]["pooler.dense.weight"].numpy().tobytes())
+    content[start : start + 64] = bytes(64)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"is damaged: .*/data/.* differs from its checksum"):
+        load_run(two_rank_run)
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_run_that_cannot_be_made_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, existing: bool
+) -> None:
+    folder = tiny.write_inputs(tmp_path)
+    if existing:
+        (folder / "runs").mkdir()
+    before = sorted(folder.rglob("*"))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr("tpcore.train.run_state.save_config", full)
+        with pytest.raises(ConfigError, match="cannot be written: No space left"):
+            finetune(tiny.config(folder, trainer__max_steps=1))
+    assert sorted(folder.rglob("*")) == before
+    assert finetune(tiny.config(folder, trainer__max_steps=1)).global_step == 1
 
 
 def test_cut_vocabulary_is_named(run: Path, tmp_path: Path) -> None:
@@ -318,4 +360,6 @@ def test_folders_that_cannot_be_written(tmp_path: Path, run: Path) -> None:
     with pytest.raises(ConfigError, match="already holds a run"):
         check_writable(run)
     check_writable(tmp_path / "new" / "runs")
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        check_writable(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

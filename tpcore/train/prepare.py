@@ -122,7 +122,7 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
     task = task_class(config.task).create(model, tokenizer, model.train_ds.file_path)
     if task.head_name == "sequence_classification" and overrides.get("add_pooler") is False:
         raise ConfigError(
-            f"model.language_model.config has add_pooler=False, but a classifier works "
+            "model.language_model.config has add_pooler=False, but a classifier works "
             "on the pooler; remove it"
         )
     train = _load(task, model.train_ds, "train_ds")

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -30,6 +31,7 @@ from typing import Any
 import torch
 
 from tpcore.checkpoint.errors import CheckpointError
+from tpcore.checkpoint.unpickle import check_records, load_pickle
 from tpcore.models.bert import BertModel
 from tpcore.parallel.collectives import barrier
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
@@ -62,6 +64,10 @@ def check_writable(path: Path) -> None:
     where = "exp_manager.exp_dir, name and version"
     if (path / CONFIG_FILE).exists():
         raise ConfigError(f"{path} ({where}) already holds a run; choose another version or name")
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ConfigError(
+            f"{path} ({where}) exists and is not empty; choose another version or name"
+        )
     parent = path
     while not os.path.lexists(parent):
         parent = parent.parent
@@ -76,20 +82,32 @@ def check_writable(path: Path) -> None:
 
 
 def create_run(path: Path, config: TrainConfig, model: BertModel, task: Task) -> None:
-    """Make the folder and everything in it that does not change; on one rank only."""
+    """Make the folder and everything in it that does not change; on one rank only.
+
+    It appears whole or not at all: a full disk leaves nothing that blocks the name.
+    """
+    folder = path.with_name(f".{path.name}.{os.getpid()}")
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
-        (path / CHECKPOINT_FOLDER).mkdir(parents=True)
-        task.tokenizer.save(path / TOKENIZER_FOLDER)
-        _write_json(path / TASK_FILE, {"task": task.name, **task.to_config()})
+        (folder / CHECKPOINT_FOLDER).mkdir(parents=True)
+        task.tokenizer.save(folder / TOKENIZER_FOLDER)
+        _write_json(folder / TASK_FILE, {"task": task.name, **task.to_config()})
         content = {
             "config": model.config.to_dict(),
             "head": task.head_name,
             "head_kwargs": task.head_kwargs(),
         }
-        _write_json(path / MODEL_FILE, content)
-        save_config(config, path / CONFIG_FILE)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error}") from error
+        _write_json(folder / MODEL_FILE, content)
+        save_config(config, folder / CONFIG_FILE)
+        folder.rename(path)  # over an empty folder, never over another
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
+        raise
 
 
 def rank_folder(run: Path, rank: int) -> Path:
@@ -241,11 +259,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; the checkpoint needs the files of all ranks")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        # A damaged zip or pickle raises half a dozen types; all mean the same to the user.
-        raise CheckpointError(f"{path} is damaged or truncated: {error}") from error
+    content = load_pickle(path)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of a tpcore run")
     return content
@@ -259,6 +273,9 @@ def read_all_ranks(run: Path, filename: str) -> list[dict[str, Any]]:
     """
     first = read_checkpoint(rank_folder(run, 0) / filename)
     size = first["tensor_model_parallel_size"]
+    for rank in range(size):
+        if rank_folder(run, rank).joinpath(filename).is_file():
+            check_records(rank_folder(run, rank) / filename)
     files = [first, *(read_checkpoint(rank_folder(run, r) / filename) for r in range(1, size))]
     for rank, content in enumerate(files):
         if content["global_step"] != first["global_step"]:
