@@ -87,6 +87,10 @@ def test_all_keys_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 # --- the commands, end to end -------------------------------------------------------------------
 
 
+def _stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+
 def test_finetune_evaluate_predict(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,7 +116,13 @@ def test_finetune_evaluate_predict(
     assert main(["predict", run, str(data)]) == 0
     from_file = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     texts = [line.split("\t")[1] for line in data.read_text().splitlines()]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(texts) + "\n"))
+    _stdin(monkeypatch, b"")
+    assert main(["predict", run]) == 0
+    assert capsys.readouterr().out == ""
+    _stdin(monkeypatch, b"good\n\xff\xfe\n")
+    assert main(["predict", run]) == 2
+    assert "standard input, line 2: byte 0xff is not UTF-8" in _single_line(capsys)
+    _stdin(monkeypatch, ("\n".join(texts) + "\n").encode())
     assert main(["predict", run]) == 0
     from_stdin = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [p["label"] for p in from_file] == [p["label"] for p in from_stdin]
@@ -122,6 +132,8 @@ def test_finetune_evaluate_predict(
 
     assert main(["inspect", run, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["task"] == "text_classification"
+    assert main(["inspect", run]) == 0
+    assert "tensor_model_parallel_size  1\n" in capsys.readouterr().out
     assert main(["convert", run, str(folder / "hf"), "--to", "huggingface"]) == 0
     assert checkpoint.inspect(folder / "hf").head == "sequence_classification"
 
@@ -142,6 +154,26 @@ def test_convert_and_inspect(folder: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(convert) == 2
     assert "exists already" in _single_line(capsys)
     assert main([*convert, "--overwrite"]) == 0
+
+
+def test_checkpoints_need_no_extra(folder: Path) -> None:
+    code = (
+        "import sys\n"
+        "for name in ('tokenizers', 'omegaconf', 'yaml', 'rich', 'sklearn', 'seqeval'):\n"
+        "    sys.modules[name] = None\n"
+        "from tpcore.cli import main\n"
+        "assert main(['inspect', 'megatron']) == 0\n"
+        "convert = ['convert', 'megatron', 'new', '--to', 'megatron', '--qkv-layout', 'v3']\n"
+        "assert main(convert) == 0\n"
+        "from tpcore import checkpoint\n"
+        "checkpoint.load('new')\n"
+        "sys.exit(main(['finetune', '--help-config']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=_environment(), cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "pip install '.[finetune]' in a checkout" in done.stderr.splitlines()[-1]
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,16 +58,19 @@ def _run(arguments: argparse.Namespace, *, may_restart: bool) -> int:
             if arguments.traceback:
                 traceback.print_exc()
             return report_lost_rank()
-        from tpcore.train.trainer import DivergedError
-
-        if not isinstance(error, DivergedError):
+        # Not imported for this: without the extra [finetune] it cannot be.
+        trainer = sys.modules.get("tpcore.train.trainer")
+        if trainer is None or not isinstance(error, trainer.DivergedError):
             raise
         return report_error(str(error), DIVERGED)
 
 
 def _describe(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
-        return f"{error}; install tpcore with its extra: pip install 'tpcore[finetune]'"
+        return (
+            f"{error}; install tpcore with its extra [finetune], e.g. pip install '.[finetune]' "
+            "in a checkout"
+        )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
@@ -132,6 +135,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     convert.add_argument("--to", required=True, choices=("megatron", "huggingface"))
     convert.add_argument("--tensor-parallel-size", type=_positive, default=1, metavar="N")
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint there")
+    _add_layout(convert)
     convert.set_defaults(command=_convert)
 
     inspect = commands.add_parser(
@@ -139,6 +143,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     inspect.add_argument("path", help="checkpoint of any format, or the folder of a run")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_layout(inspect)
     inspect.set_defaults(command=_inspect)
 
     doctor = commands.add_parser(
@@ -167,6 +172,14 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N")
     parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
+
+
+def _add_layout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--qkv-layout",
+        choices=("v0", "v1", "v3"),
+        help="order of the q/k/v rows, for a Megatron file that does not say",
+    )
 
 
 def _positive(text: str) -> int:
@@ -253,9 +266,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     run = _load_run(arguments)
     if arguments.file == "-":
-        # Lines end in \n alone: str.splitlines would also cut at rare characters inside texts.
-        lines = sys.stdin.read().removesuffix("\n").split("\n")
-        predictions = run.predict(lines, batch_size=arguments.batch_size)
+        predictions = run.predict(_read_texts(), batch_size=arguments.batch_size)
     else:
         dataset = run.task.load(arguments.file, labelled=False)
         predictions = run.evaluate_dataset(dataset, arguments.batch_size).predictions
@@ -265,11 +276,32 @@ def _predict(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _read_texts() -> list[str]:
+    """The lines of standard input.
+
+    Raises:
+        ValueError: one is not UTF-8.
+    """
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"standard input, line {line}: byte 0x{error.object[error.start]:02x} is not UTF-8; "
+            "convert the text with iconv"
+        ) from None
+    # Lines end in \n alone: str.splitlines would also cut at rare characters inside texts.
+    lines = text.split("\n")
+    if not lines[-1]:
+        lines.pop()
+    return [line.removesuffix("\r") for line in lines]
+
+
 def _convert(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from tpcore import checkpoint
-    from tpcore.train.run_state import is_run
+    from tpcore.train.run_folder import is_run
 
     if is_run(Path(arguments.source)):
         from tpcore.train.run import export_run
@@ -286,6 +318,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             arguments.source,
             arguments.destination,
             to=arguments.to,
+            qkv_layout=arguments.qkv_layout,
             tensor_parallel_size=arguments.tensor_parallel_size,
             overwrite=arguments.overwrite,
         )
@@ -300,7 +333,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from pathlib import Path
 
     from tpcore import checkpoint
-    from tpcore.train.run_state import is_run
+    from tpcore.train.run_folder import is_run
 
     if is_run(Path(arguments.path)):
         from tpcore.train.run import describe_run
@@ -309,9 +342,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps(facts, indent=2))
         else:
-            print("\n".join(f"{name:<16}{value}" for name, value in facts.items()))
+            width = max(map(len, facts))
+            print("\n".join(f"{n:<{width}}  {_in_words(v)}" for n, v in facts.items()))
         return 0
-    info = checkpoint.inspect(arguments.path)
+    info = checkpoint.inspect(arguments.path, qkv_layout=arguments.qkv_layout)
     print(json.dumps(info.to_dict(), indent=2) if arguments.json else info)
     return 0
 

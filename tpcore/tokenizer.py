@@ -18,10 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-from tokenizers import normalizers, pre_tokenizers, processors
-from tokenizers.models import WordPiece
-
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCABULARY_FILE = "vocab.txt"
 CONFIG_FILE = "tokenizer_config.json"
@@ -67,6 +63,11 @@ class WordPieceTokenizer:
     """
 
     def __init__(self, vocabulary: Sequence[str], *, lowercase: bool | None = None) -> None:
+        # Here and not above: checkpoints are read without the extra that brings it.
+        import tokenizers
+        from tokenizers import normalizers, pre_tokenizers, processors
+        from tokenizers.models import WordPiece
+
         self.vocabulary = tuple(vocabulary)
         ids = _ids_of(self.vocabulary)
         is_uncased = not any(map(_has_capital, self.vocabulary))

@@ -117,6 +117,8 @@ def test_saved_configuration_reads_back(tmp_path: Path) -> None:
             "model.language_model.config=[1]",
             r"model.language_model.config .*\[1\]; expected a mapp",
         ),
+        ("trainer.seed=18446744073709551616", r"trainer.seed=18446744073709551616 .*2\*\*63"),
+        (f"exp_manager.name={'n' * 300}", "exp_manager.name='n+'.*128 bytes"),
         ("exp_manager.name=a/b", "exp_manager.name='a/b'"),
         ("task=text_clasification", "did you mean text_classification?"),
     ],

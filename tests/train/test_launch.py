@@ -49,6 +49,13 @@ def test_threads_of_a_rank(
     assert torch.get_num_threads() == expected
 
 
+def test_too_many_threads_are_refused(torchrun: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match=r"trainer\.num_threads=33: .* 8 core.* at most 32"):
+        set_num_threads(33)
+    assert torch.get_num_threads() == before
+
+
 def test_threads_of_a_single_process_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     before = torch.get_num_threads()

@@ -136,6 +136,8 @@ def test_predictions_do_not_depend_on_the_batch(run: Path) -> None:
         alone = loaded.predict([text], batch_size=1)[0]["probabilities"]
         assert alone == pytest.approx(prediction["probabilities"], abs=1e-6)
     assert loaded.predict([]) == []
+    with pytest.raises(TypeError, match=r"one str; expected several, as \[text\]"):
+        loaded.predict("good")
 
 
 def _predict(tp: TensorParallelGroup, path: Path) -> list[dict[str, float]]:

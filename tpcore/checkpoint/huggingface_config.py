@@ -148,6 +148,8 @@ def config_from_fields(
             add_pooler=has_pooler,
             init_std=fields.number("initializer_range", 0.02),
         )
+    except CheckpointError:
+        raise  # it names the file already
     except ValueError as error:
         raise CheckpointError(f"{fields.where}: {error}") from error
 

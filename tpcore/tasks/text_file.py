@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def read_lines(path: str | os.PathLike[str]) -> list[Line]:
         DataError: the file is missing, unreadable, empty, not UTF-8, or holds a NUL.
     """
     try:
+        if stat.S_ISFIFO(Path(path).stat().st_mode):
+            raise DataError(f"{path} is a pipe, and data are read more than once; expected a file")
         content = Path(path).read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; expected a data file") from None

@@ -304,7 +304,7 @@ def check_values(config: TrainConfig, sources: Mapping[str, str]) -> None:
         "trainer.val_check_interval",
         "a fraction of an epoch, or a whole number of steps above 1",
     )
-    check(trainer.seed >= 0, "trainer.seed", "zero or a positive number")
+    check(0 <= trainer.seed < 2**63, "trainer.seed", "a number from 0 to 2**63 - 1")
     check(trainer.log_every_n_steps > 0, "trainer.log_every_n_steps", "a positive number of steps")
     one_of("trainer.accelerator", trainer.accelerator, ("auto", "cpu", "gpu"))
     check(
@@ -323,7 +323,8 @@ def check_values(config: TrainConfig, sources: Mapping[str, str]) -> None:
         ("exp_manager.version", config.exp_manager.version),
     ):
         check(
-            text is None or (bool(text) and "/" not in text and text not in (".", "..")),
+            text is None
+            or (0 < len(text.encode()) <= 128 and "/" not in text and text not in (".", "..")),
             key,
-            "a name without /",
+            "a name of at most 128 bytes without /",
         )

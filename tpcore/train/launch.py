@@ -138,6 +138,20 @@ def num_cores() -> int:
     return count
 
 
+def check_num_threads(configured: int | None) -> None:
+    """Refuse numbers that would stop the machine, not speed it up.
+
+    Raises:
+        ValueError: more than four times the cores of this process.
+    """
+    limit = 4 * num_cores()
+    if configured is not None and configured > limit:
+        raise ValueError(
+            f"trainer.num_threads={configured}: this process has {num_cores()} core(s); expected "
+            f"at most {limit} threads, best as many as cores"
+        )
+
+
 def set_num_threads(configured: int | None) -> int:
     """Set torch's CPU threads for this rank and return their number.
 
@@ -147,6 +161,7 @@ def set_num_threads(configured: int | None) -> int:
     """
     import torch
 
+    check_num_threads(configured)
     if configured is None and is_under_torchrun():
         of_user = environment_int("OMP_NUM_THREADS", 1)
         ranks = environment_int("LOCAL_WORLD_SIZE", 1)

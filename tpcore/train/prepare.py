@@ -25,6 +25,7 @@ from tpcore.parallel.group import TensorParallelGroup
 from tpcore.tasks import DataError, Dataset, Task, task_class
 from tpcore.tokenizer import WordPieceTokenizer
 from tpcore.train.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from tpcore.train.launch import check_num_threads
 from tpcore.train.run_state import check_writable, run_path
 from tpcore.train.schedule import Schedule
 
@@ -87,6 +88,7 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
             f"model.tensor_model_parallel_size={tp_size} does not divide the {num_ranks} rank(s); "
             f"use {_divisors(num_ranks)}, or start a multiple of {tp_size} ranks"
         )
+    check_num_threads(config.trainer.num_threads)
     check_writable(run_path(config.exp_manager))
     path = checkpoint_path(model)
     overrides = encoder_overrides(model)

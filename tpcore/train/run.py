@@ -31,10 +31,8 @@ from tpcore.tokenizer import WordPieceTokenizer
 from tpcore.train.config import TrainConfig
 from tpcore.train.evaluation import Evaluation, evaluate
 from tpcore.train.read_config import load_config
+from tpcore.train.run_folder import CONFIG_FILE, MODEL_FILE, TASK_FILE
 from tpcore.train.run_state import (
-    CONFIG_FILE,
-    MODEL_FILE,
-    TASK_FILE,
     TOKENIZER_FOLDER,
     find_checkpoint,
     find_run,
@@ -60,6 +58,8 @@ class Run:
 
     def predict(self, inputs: Iterable[Any], *, batch_size: int = 64) -> list[Any]:
         """One prediction for each input, in order; what inputs are is up to the task."""
+        if isinstance(inputs, str | bytes):
+            raise TypeError(f"inputs is one {type(inputs).__name__}; expected several, as [text]")
         dataset = self.task.from_inputs(inputs)
         if not dataset.examples:
             return []

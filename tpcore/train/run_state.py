@@ -40,10 +40,8 @@ from tpcore.tasks.task import Task
 from tpcore.train.config import ConfigError, ExpManagerConfig, TrainConfig
 from tpcore.train.launch import on_all_ranks
 from tpcore.train.read_config import save_config
+from tpcore.train.run_folder import CONFIG_FILE, MODEL_FILE, TASK_FILE, is_run
 
-CONFIG_FILE = "config.yaml"
-MODEL_FILE = "model_config.json"
-TASK_FILE = "task.json"
 TOKENIZER_FOLDER = "tokenizer"
 CHECKPOINT_FOLDER = "checkpoints"
 FORMAT = "tpcore run 1"
@@ -327,11 +325,6 @@ def find_run(path: str | os.PathLike[str]) -> Path:
         what = "holds no finished run" if path.is_dir() else "does not exist"
         raise CheckpointError(f"{path} {what}; expected a folder that `tpcore finetune` made")
     return max(runs, key=lambda run: (run / CONFIG_FILE).stat().st_mtime)
-
-
-def is_run(path: Path) -> bool:
-    """Whether `path` is the folder of a run."""
-    return all((path / name).is_file() for name in (CONFIG_FILE, MODEL_FILE, TASK_FILE))
 
 
 def read_json(path: Path) -> dict[str, Any]:
