@@ -33,7 +33,7 @@ TPCORE_DEVICE void normal(float z, float* cdf, float* density) {
   const float square = t * t;
   float e = exponential(-0.5f * square);
   e = multiply_add(e, -0.5f * multiply_add(t, t, -square), e);  // what rounding the square lost
-  const float u = 1.0f / multiply_add(t, kNormalTailSlope, 1.0f);
+  const float u = reciprocal(multiply_add(t, kNormalTailSlope, 1.0f));
   const float tail = polynomial<kNormalTail>(u) * u * e;
   *cdf = z < 0.0f ? tail : 1.0f - tail;
   *density = e * kNormalDensity;
@@ -63,7 +63,7 @@ TPCORE_DEVICE Gated<A> gelu_tanh(A z) {
   const A twice_u = near * multiply_add(square, cubic, linear);
   const A slope = multiply_add(square, 3 * cubic, linear);
   const A e = exponential(twice_u < 0 ? twice_u : -twice_u);
-  const A upper = A(1) / (A(1) + e), lower = e * upper;
+  const A upper = reciprocal(A(1) + e), lower = e * upper;
   const A gate = twice_u < 0 ? lower : upper;
   return {gate, multiply_add(near * slope, lower * upper, gate)};
 }

@@ -38,6 +38,12 @@ TPCORE_DEVICE float square_root(float value) { return sqrtf(value); }
 TPCORE_DEVICE double square_root(double value) { return sqrt(value); }
 TPCORE_DEVICE float exponential(float value) { return expf(value); }
 TPCORE_DEVICE double exponential(double value) { return exp(value); }
+// Of numbers far from the ends of the range: without the detour that division takes for those.
+TPCORE_DEVICE float reciprocal(float value) {
+  const float rough = __fdividef(1.0f, value);
+  return fmaf(fmaf(-value, rough, 1.0f), rough, rough);
+}
+TPCORE_DEVICE double reciprocal(double value) { return 1.0 / value; }
 TPCORE_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 TPCORE_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 TPCORE_DEVICE double double_from_bits(uint64_t bits) {
@@ -227,13 +233,25 @@ TPCORE_DEVICE Vector<Acc<T>, N> load_or(const T* row, int64_t begin, Lanes lanes
   return row != nullptr ? widen(load<N>(row + begin, lanes)) : filled<Acc<T>, N>(missing);
 }
 
+// One instruction; the compiler has been seen to make four of a plain assignment.
+TPCORE_DEVICE void store_16_bytes(uint4* target, const uint32_t* words) {
+  __stwb(target, make_uint4(words[0], words[1], words[2], words[3]));
+}
+
 // Leaves alone what does not exist.
 template <int N, class T>
 TPCORE_DEVICE void store(T* target, Lanes lanes, const Packed<T, N>& packed) {
   using V = Packed<T, N>;
   using Bits = typename V::Elements::Bits;
   if (lanes.first == 0 && lanes.last == N && is_aligned<V>(target)) {
-    *reinterpret_cast<V*>(target) = packed;
+    constexpr int kWords = V::kBytes / 4;
+    if constexpr (kWords % 4 == 0) {
+      uint4* const quads = reinterpret_cast<uint4*>(target);
+#pragma unroll
+      for (int q = 0; q < kWords / 4; ++q) store_16_bytes(quads + q, packed.words + 4 * q);
+    } else {
+      *reinterpret_cast<V*>(target) = packed;
+    }
     return;
   }
 #pragma unroll

@@ -29,18 +29,22 @@ struct Online {
   }
   template <class T, int N>
   TPCORE_DEVICE void add(const Packed<T, N>& logits, Lanes lanes) {
+    Vector<A, N> values;
     A top = -infinity<A>();
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (i >= lanes.first && i < lanes.last) top = Larger()(top, logits[i]);
+      values[i] = i >= lanes.first && i < lanes.last ? logits[i] : -infinity<A>();
+      top = Larger()(top, values[i]);
     }
     raise(top);
+    A exponentials = 0, logits_sum = 0;  // of a vector first: fewer roundings in a long row
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      if (i < lanes.first || i >= lanes.last) continue;
-      sum_exp += exponential(logits[i] - shift());
-      sum += logits[i];
+      exponentials += exponential(values[i] - shift());
+      logits_sum += logits[i];  // missing ones are 0
     }
+    sum_exp += exponentials;
+    sum += logits_sum;
   }
 };
 

@@ -84,6 +84,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       &thread);
 }
 
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline void __stwb(uint4* target, uint4 value) { *target = value; }
+inline float __fdividef(float a, float b) { return a / b; }
+
 inline void __syncthreads() { emulation::barrier(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulation::warp_barrier(mask); }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {

@@ -130,6 +130,7 @@ void scalars() {
   const Packed<Float16, 2> half = narrow<Float16>(Vector<float, 2>{{2049.0f, -3.0f}});
   expect(half[0] == 2048.0f && half[1] == -3.0f, "float16 rounds to even");
   expect(exponential(0.0f) == 1.0f && exponential(0.0) == 1.0, "exponential");
+  expect(reciprocal(4.0f) == 0.25f && reciprocal(4.0) == 0.25, "reciprocal");
   expect(square_root(9.0f) == 3.0f && square_root(9.0) == 3.0, "square_root");
   expect(multiply_add(2.0f, 3.0f, 4.0f) == 10.0f && multiply_add(2.0, 3.0, 4.0) == 10.0, "fma");
   expect(multiprocessors() >= 1 && grid_for(3) == 3, "multiprocessors, grid_for");
