@@ -558,3 +558,15 @@ def test_sms_configuration():
     assert config.task == TextClassification.name
     assert config.model.train_ds.file_path == "runs/demo/train.tsv"
     assert config.model.validation_ds.file_path == "runs/demo/validation.tsv"
+
+
+def test_classes_are_listed_and_slips_among_them_named(write):
+    path = write('pos\ta film\npos\ta day\nPos\tgood\n"pos"\tgood .\nneg\tbad\nneg\tthe\n')
+    notes = _create(path, header=False).load(path).notes
+    assert f'{path}: 4 class(es): "pos" 1, Pos 1, neg 2, pos 2' in notes
+    [single] = [note for note in notes if "only one example" in note]
+    assert single.endswith("of '\"pos\"', 'Pos'")
+    [alike] = [note for note in notes if "differ only in case" in note]
+    assert "'\"pos\"', 'Pos', 'pos' differ" in alike
+    clean = write("pos\ta film\npos\ta day\nneg\tbad\nneg\tthe\n", "clean.tsv")
+    assert not any("warning" in note for note in _create(clean).load(clean).notes)

@@ -13,6 +13,7 @@ header (see `columns`): `ham<TAB>See you at five`, or NeMo's `a fine film<TAB>1`
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
@@ -25,7 +26,7 @@ from torch import Tensor
 from tpcore.models.output import BertOutput
 from tpcore.models.packing import pack_sequences
 from tpcore.tasks.columns import ColumnSettings, Layout, Row, find_layout, read_rows
-from tpcore.tasks.labels import Labels
+from tpcore.tasks.labels import NUM_SHOWN, Labels
 from tpcore.tasks.metrics import ClassificationScores, score_classification
 from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch
 from tpcore.tasks.text_file import write_whole
@@ -211,6 +212,8 @@ class TextClassification:
                 label = self.labels.names[self.labels.id_of(cell, f"{path}:{row.line}")]
             records.append(TextRecord(row.line, text, label))
         notes = [f"{path}: {layout}"]
+        if labelled:
+            notes += _class_notes(str(path), [record.label or "" for record in records])
         if num_blank:
             notes.append(f"{path}: {num_blank} blank line(s) left out")
         return self._encode(str(path), records, notes)
@@ -351,6 +354,30 @@ class TextClassification:
             [prediction["label"] for prediction in predictions],
             self.labels.names,
         )
+
+
+def _class_notes(source: str, labels: Sequence[str]) -> list[str]:
+    """The classes of a file with their counts, and what looks like a slip among them."""
+    counts = Counter(labels)
+    shown = [f"{name} {count}" for name, count in sorted(counts.items())[:NUM_SHOWN]]
+    more = f" and {len(counts) - NUM_SHOWN} more" if len(counts) > NUM_SHOWN else ""
+    notes = [f"{source}: {len(counts)} class(es): {', '.join(shown)}{more}"]
+    single = [name for name, count in sorted(counts.items()) if count == 1]
+    if single:
+        notes.append(
+            f"warning: {source}: only one example of {', '.join(map(repr, single[:NUM_SHOWN]))}"
+        )
+    alike: dict[str, list[str]] = {}
+    for name in sorted(counts):
+        key = "".join(name.casefold().replace('"', "").replace("'", "").split())
+        alike.setdefault(key, []).append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            notes.append(
+                f"warning: {source}: {', '.join(map(repr, names))} differ only in case, quotation "
+                "marks or blanks, and are different classes"
+            )
+    return notes
 
 
 def _label_cells(
