@@ -51,4 +51,4 @@ def test_every_snippet_runs(tmp_path):
     assert [language for language, _ in blocks] == ["python", "python", "bash", "python", "bash"]
     outputs = [_run(language, code, tmp_path) for language, code in blocks]
     assert "torch.Size([1, " in outputs[3]
-    assert '"label": "spam"' in outputs[4] or '"label": "ham"' in outputs[4]
+    assert '"label": "spam"' in outputs[4]  # of an obvious one
