@@ -201,6 +201,26 @@ def test_more_than_two_to_the_31_elements():
     assert torch.equal(y[-3:], run("layer_norm", "triton", layer_norm, x[:1]).expand(3, 1024))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+def test_a_captured_graph_draws_fresh_bits():
+    x, row_ids, seed = torch.ones(64, 256), _row_ids(64), SEED.clone()
+
+    def step():
+        return OPS.bias_dropout_residual_forward(x, None, None, 0.5, seed, 0, row_ids, 0)
+
+    step()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step()
+    for _ in range(2):
+        seed += 1
+        graph.replay()
+        assert torch.equal(
+            y != 0, philox_keep_mask(seed, row_ids[None], 0.5, 0, 256, 0, 0, 1)[0, 0]
+        )
+
+
 # --- The raw ops
 
 
