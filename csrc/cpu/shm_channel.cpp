@@ -2,11 +2,13 @@
 // The protocol of shm_channel.h.
 //
 // Waiting. Ranks that have a processor each spin, as the others are usually microseconds behind;
-// who did so in vain, because of other work on the machine, spins half as long the next time. Ranks
-// that outnumber the processors yield to each other instead. Then both sleep. A sleeper announces
-// itself in `sleepers` before the kernel compares the counter; the publisher advances the counter
-// before it looks at `sleepers`. These four accesses are sequentially consistent, so at least one
-// of the two sees the other: either the publisher wakes the sleeper, or it does not fall asleep.
+// who did so in vain, because of other work on the machine, spins half as long the next time, but
+// from time to time as long as at first: a kernel that has put two ranks on one processor parts
+// them only if it sees both wanting to run. Ranks that outnumber the processors yield to each other
+// instead. Then both sleep. A sleeper announces itself in `sleepers` before the kernel compares the
+// counter; the publisher advances the counter before it looks at `sleepers`. These four accesses
+// are sequentially consistent, so at least one of the two sees the other: either the publisher
+// wakes the sleeper, or it does not fall asleep.
 #include "shm_channel.h"
 
 #include <fcntl.h>
@@ -26,7 +28,7 @@ struct alignas(128) ShmRank {
   std::atomic<uint32_t> step;
   std::atomic<uint32_t> sleepers;   // how many ranks sleep until `step` changes
   std::atomic<int32_t> gave_up_on;  // 1 + the rank that this one has given up waiting for
-  int32_t vain_spins;               // how often in a row this rank has spun in vain; its own note
+  uint32_t vain_spins;              // how often in a row this rank has spun in vain; its own note
   uint64_t call[2];                 // what the two halves are part of; guarded like the halves
 };
 static_assert(sizeof(ShmRank) == 128, "one pair of cache lines");
@@ -35,7 +37,7 @@ static_assert(std::atomic<uint32_t>::is_always_lock_free, "processes cannot shar
 namespace {
 
 constexpr int64_t kPage = 4096;
-constexpr int kSpins = 2000, kMaxVainSpins = 6, kYields = 200;
+constexpr int kSpins = 2000, kMaxHalvings = 6, kRetry = 16, kYields = 200;
 constexpr int64_t kNapMs = 50;  // how often a sleeper looks whether the other one is alive
 
 int64_t now_ms() {
@@ -106,15 +108,17 @@ bool ShmChannel::reached(const ShmRank& other) const {
 ShmFailure ShmChannel::wait_for(int rank) {
   static const long processors = sysconf(_SC_NPROCESSORS_ONLN);
   const bool crowded = member_.size > processors;
-  int32_t& vain_spins = ranks_[member_.rank].vain_spins;
-  for (int i = crowded ? kYields : kSpins >> vain_spins; i > 0; --i) {
+  uint32_t& vain_spins = ranks_[member_.rank].vain_spins;
+  const int halvings = static_cast<int>(vain_spins % kRetry);
+  const int spins = kSpins >> (halvings < kMaxHalvings ? halvings : kMaxHalvings);
+  for (int i = crowded ? kYields : spins; i > 0; --i) {
     if (reached(ranks_[rank])) {
       vain_spins = 0;
       return {};
     }
     crowded ? static_cast<void>(sched_yield()) : pause_briefly();
   }
-  if (vain_spins < kMaxVainSpins) ++vain_spins;
+  ++vain_spins;
   return sleep_until_reached(rank);
 }
 
