@@ -6,7 +6,7 @@ DEMO   := runs/demo
 GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all check format bench gpu clean
+.PHONY: help venv demo test test-all sanitize check format bench gpu clean
 
 help:      ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,18 @@ format: venv   ## rewrite the sources the way `check` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+SANITIZED := build/sanitized
+PRELOAD = $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=libubsan.so)
+
+sanitize: venv   ## the CPU kernels' tests, under AddressSanitizer and UndefinedBehaviorSanitizer
+	TPCORE_SANITIZE=address,undefined TPCORE_BUILD_CPU=1 TPCORE_BUILD_CUDA=0 $(BIN)/python setup.py -q \
+	    build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	for isa in scalar avx2 avx512 neon; do \
+	    TPCORE_CPU_ISA=$$isa $(BIN)/python -c 'import tpcore._native' 2> /dev/null || continue; \
+	    LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 TPCORE_CPU_ISA=$$isa \
+	    TPCORE_LIBRARY_DIR=$(SANITIZED)/tpcore $(BIN)/python -m pytest -q tests/kernels \
+	    -k "not compile and not opcheck and not triton" || exit 1; done
 
 bench: venv   ## kernel benchmarks on this machine, into benchmarks/results/
 	$(BIN)/python benchmarks/run.py

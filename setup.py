@@ -29,6 +29,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that the libraries must load in
 
+# Sanitizers of g++ for a library to test with (`make sanitize`): "address,undefined".
+SANITIZE = [f"-fsanitize={kinds}" for kinds in [os.environ.get("TPCORE_SANITIZE")] if kinds]
+
 # Instruction set -> the flags of its translation units. Never -march=native: the choice is made at
 # run time.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -140,6 +143,8 @@ def escape(path: object) -> str:
 def common_flags() -> list[str]:
     """The flags of every C++ file."""
     optimise = ["-O0", "-g"] if os.environ.get("DEBUG") == "1" else ["-O3", "-DNDEBUG"]
+    if SANITIZE:
+        optimise = ["-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", *SANITIZE]
     # No -ffast-math: NaN, infinities and denormals must survive. The first two only drop errno and
     # trap bookkeeping; the third leaves it to the source where a multiply-add is fused.
     safe = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
@@ -161,7 +166,7 @@ def torch_flags(torch) -> tuple[list[str], list[str]]:
     root = Path(torch.__file__).parent
     return (
         [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-isystem", str(root / "include")],
-        [f"-L{root / 'lib'}", "-ltorch_cpu"],
+        [f"-L{root / 'lib'}", "-ltorch_cpu", *SANITIZE],
     )
 
 

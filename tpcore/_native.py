@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -227,7 +228,9 @@ def _read_info(path: Path) -> dict[str, Any]:
 
 
 def _load(name: LibraryName) -> NativeStatus:
-    path = Path(__file__).with_name(f"_C_{name}.abi3.so")
+    # Another folder holds a library built for a purpose, such as with sanitizers.
+    folder = os.environ.get("TPCORE_LIBRARY_DIR") or Path(__file__).parent
+    path = Path(folder, f"_C_{name}.abi3.so")
     if not path.exists():
         record = build_record().get(name, {})
         reason = (

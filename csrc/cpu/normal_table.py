@@ -10,18 +10,21 @@ import mpmath as mp
 DEGREE, OCTAVES, PIECES = 5, 4, 8
 
 
-def ratio(t):
+def ratio(t: mp.mpf) -> mp.mpf:
+    """Q(t)."""
     return mp.erfc(t / mp.sqrt(2)) / 2 * mp.exp(t * t / 2)
 
 
-def coefficients(left, width):
+def coefficients(left: mp.mpf, width: mp.mpf) -> mp.matrix:
+    """Of the polynomial for w in [left, left + width), by rising power."""
     count = DEGREE + 1
     nodes = [width / 2 * (1 + mp.cos(mp.pi * (2 * k + 1) / (2 * count))) for k in range(count)]
     powers = mp.matrix([[x**j for j in range(count)] for x in nodes])
     return mp.lu_solve(powers, mp.matrix([ratio(left + x - 1) for x in nodes]))
 
 
-def main():
+def main() -> None:
+    """Print the header."""
     mp.mp.dps = 40
     # An entry's number is that of the interval modulo 32, as the low bits of w's exponent and
     # the high bits of its mantissa give it: the first octave, with exponent 127, stands last.
