@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from tpcore import memory
+
 HERE = Path(__file__).parent
 COLUMNS = (
     "op",
@@ -78,6 +80,7 @@ def markdown(rows: list[dict], title: str, facts: str) -> str:
 
 
 def main() -> int:
+    memory.restart_process()  # one allocator policy for every provider and for the copy
     load_before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
@@ -94,7 +97,9 @@ def main() -> int:
     facts = (
         f"torch {torch.__version__}, {date}; load average {load_before:.2f} before and "
         f"{os.getloadavg()[0]:.2f} after. `gb_per_s`: unavoidable bytes over the median time; "
-        "`vs_*`: the peer's time over this one, so above 1 is faster than the peer."
+        "`vs_*`: the peer's time over this one, so above 1 is faster than the peer. CPU memory: "
+        f"{memory.memory_policy()}. Every round works on the same tensors: what fits into the "
+        "last-level cache stays there."
     )
     target.with_suffix(".md").write_text(markdown(rows, f"Kernels on {device}", facts))
     with target.with_suffix(".csv").open("w", newline="") as file:
