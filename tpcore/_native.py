@@ -117,6 +117,24 @@ RAW_OPS: dict[str, tuple[str, Callable[..., Any]]] = {
             _columns(grad_y, need_bias),
         ),
     ),
+    # qkv [t, n * 3 * d], a head being [q | k | v]; cu_seqlens int32 [sequences + 1]; row_ids [t] ->
+    # context [t, n * d]; of the scores of each query the maximum and the sum of exp(score - max)
+    "packed_attention_forward": (
+        "(Tensor qkv, Tensor cu_seqlens, int num_heads, float scale, bool causal, float dropout_p,"
+        " Tensor? seed, int stream, Tensor? row_ids, int head_offset)"
+        " -> (Tensor context, Tensor max, Tensor sum_exp)",
+        lambda qkv, cu_seqlens, num_heads, *rest: (
+            qkv.new_empty((qkv.shape[0], qkv.shape[1] // 3)),
+            qkv.new_empty((num_heads, qkv.shape[0]), dtype=accumulation_dtype(qkv.dtype)),
+            qkv.new_empty((num_heads, qkv.shape[0]), dtype=accumulation_dtype(qkv.dtype)),
+        ),
+    ),
+    "packed_attention_backward": (
+        "(Tensor grad_context, Tensor qkv, Tensor max, Tensor sum_exp, Tensor cu_seqlens,"
+        " float scale, bool causal, float dropout_p, Tensor? seed, int stream, Tensor? row_ids,"
+        " int head_offset) -> Tensor",
+        lambda grad_context, qkv, *rest: _like(qkv),
+    ),
     # logits [t, v/tp], target int64 [t] of global ids; four vectors [t]
     "cross_entropy_statistics": (
         "(Tensor logits, Tensor target, int vocab_start, int num_classes, int ignore_index)"

@@ -20,6 +20,8 @@
   void bias_gelu_backward(const BiasGeluBackward&, ParallelFor);                        \
   void masked_softmax_forward(const MaskedSoftmaxForward&, ParallelFor);                \
   void masked_softmax_backward(const MaskedSoftmaxBackward&, ParallelFor);              \
+  void packed_attention_forward(const PackedAttentionForward&, ParallelFor);            \
+  void packed_attention_backward(const PackedAttentionBackward&, ParallelFor);          \
   void cross_entropy_statistics(const CrossEntropyStatistics&, ParallelFor);            \
   void cross_entropy_backward(const CrossEntropyBackward&, ParallelFor);                \
   ShmFailure shm_publish(const ShmCollective&, ParallelFor);                            \
@@ -35,6 +37,8 @@
       bias_gelu_backward,                                                               \
       masked_softmax_forward,                                                           \
       masked_softmax_backward,                                                          \
+      packed_attention_forward,                                                         \
+      packed_attention_backward,                                                        \
       cross_entropy_statistics,                                                         \
       cross_entropy_backward,                                                           \
       shm_publish,                                                                      \

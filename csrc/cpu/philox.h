@@ -33,26 +33,33 @@ constexpr int kInterleave = 4;
 constexpr int64_t kGroupsPerBlock = kInterleave * U64::size;
 constexpr int64_t kColumnsPerBlock = 4 * kGroupsPerBlock;
 
-// keep[4 * g + w] = word w of the counter of group first_group + g is at least the threshold, as
-// bytes 0 or 1, for kGroupsPerBlock groups of four columns.
-TPCORE_INLINE void keep_block(const RowKey& key, uint64_t first_group, uint8_t* keep) {
-  // In the first two rounds only one word each depends on the column: the rest is scalar.
-  const uint64_t row_product = uint64_t{kPhiloxMultiplier1} * key.row_high;
-  const uint32_t uniform0 = static_cast<uint32_t>(row_product >> 32) ^ key.row_low ^ key.key0;
-  const uint64_t uniform_product = uint64_t{kPhiloxMultiplier0} * uniform0;
-  uint32_t k0 = key.key0 + kPhiloxWeyl0, k1 = key.key1 + kPhiloxWeyl1;
+// Groups of four columns of one row.
+struct Groups {
+  RowKey key;
+  uint64_t first;
+};
+
+// keep[i][4 * g + w] = word w of the counter of group groups[i].first + g is at least the
+// threshold, as bytes 0 or 1, for U64::size groups g each. Rows may differ, seed and threshold may
+// not.
+TPCORE_INLINE void keep_groups(const Groups (&groups)[kInterleave],
+                               uint8_t* const (&keep)[kInterleave]) {
+  const RowKey& common = groups[0].key;
+  uint32_t k0 = common.key0 + kPhiloxWeyl0, k1 = common.key1 + kPhiloxWeyl1;
   const U64 multiplier0(kPhiloxMultiplier0), multiplier1(kPhiloxMultiplier1);
-  const U64 second(key.head_and_stream ^ key.key1), third(static_cast<uint32_t>(row_product) ^ k0),
-      fourth(static_cast<uint32_t>(uniform_product >> 32) ^ k1);
   U64 c0[kInterleave], c1[kInterleave], c2[kInterleave], c3[kInterleave];
   for (int i = 0; i < kInterleave; ++i) {
-    const U64 group = U64::iota(first_group + static_cast<uint64_t>(i) * U64::size);
-    const U64 product0 = multiply_low_words(group, multiplier0);
-    const U64 word2 = product0.shift_right<32>() ^ second;
+    // In the first two rounds only one word each depends on the column: the rest is scalar.
+    const RowKey& key = groups[i].key;
+    const uint64_t row_product = uint64_t{kPhiloxMultiplier1} * key.row_high;
+    const uint32_t uniform0 = static_cast<uint32_t>(row_product >> 32) ^ key.row_low ^ common.key0;
+    const uint64_t uniform_product = uint64_t{kPhiloxMultiplier0} * uniform0;
+    const U64 product0 = multiply_low_words(U64::iota(groups[i].first), multiplier0);
+    const U64 word2 = product0.shift_right<32>() ^ U64(key.head_and_stream ^ common.key1);
     const U64 product1 = multiply_low_words(word2, multiplier1);
-    c0[i] = product1.shift_right<32>() ^ third;
+    c0[i] = product1.shift_right<32>() ^ U64(static_cast<uint32_t>(row_product) ^ k0);
     c1[i] = product1;
-    c2[i] = product0 ^ fourth;
+    c2[i] = product0 ^ U64(static_cast<uint32_t>(uniform_product >> 32) ^ k1);
     c3[i] = U64(uniform_product);
   }
   for (int round = 2; round < kPhiloxRounds; ++round) {
@@ -69,8 +76,19 @@ TPCORE_INLINE void keep_block(const RowKey& key, uint64_t first_group, uint8_t* 
     }
   }
   for (int i = 0; i < kInterleave; ++i) {
-    store_at_least(c0[i], c1[i], c2[i], c3[i], key.threshold, keep + 4 * i * U64::size);
+    store_at_least(c0[i], c1[i], c2[i], c3[i], common.threshold, keep[i]);
   }
+}
+
+// The same for kGroupsPerBlock groups of one row.
+TPCORE_INLINE void keep_block(const RowKey& key, uint64_t first_group, uint8_t* keep) {
+  static_assert(kInterleave == 4, "the pieces of the block are written out");
+  constexpr int64_t kStep = U64::size;
+  keep_groups({{key, first_group},
+               {key, first_group + kStep},
+               {key, first_group + 2 * kStep},
+               {key, first_group + 3 * kStep}},
+              {keep, keep + 4 * kStep, keep + 8 * kStep, keep + 12 * kStep});
 }
 
 // keep[c] for the columns first_column + [0, columns) of a row, 0 <= first_column.
@@ -89,6 +107,26 @@ inline void keep_columns(const RowKey& key, int64_t first_column, int64_t column
     const int64_t begin = at < 0 ? -at : 0;
     const int64_t end = columns - at < kColumnsPerBlock ? columns - at : kColumnsPerBlock;
     memcpy(keep + at + begin, block + begin, static_cast<size_t>(end - begin));
+  }
+}
+
+// keep[r * stride + c] for the columns [0, columns), rounded up to kColumnsPerVector, of the rows
+// first_row + [0, rows): short rows share a block.
+constexpr int64_t kColumnsPerVector = 4 * U64::size;
+inline void keep_rows(const DropoutKey& key, int64_t first_row, int64_t rows, int64_t head,
+                      int64_t columns, uint8_t* keep, int64_t stride) {
+  const int64_t each = (columns + kColumnsPerVector - 1) / kColumnsPerVector;
+  const int64_t count = rows * each;
+  for (int64_t at = 0; at < count; at += kInterleave) {
+    Groups groups[kInterleave];
+    uint8_t* targets[kInterleave];
+    for (int i = 0; i < kInterleave; ++i) {
+      const int64_t vector = at + i < count ? at + i : count - 1;
+      const int64_t row = vector / each, column = vector % each * kColumnsPerVector;
+      groups[i] = {row_key(key, first_row + row, head), static_cast<uint64_t>(column / 4)};
+      targets[i] = keep + row * stride + column;
+    }
+    keep_groups(groups, targets);
   }
 }
 

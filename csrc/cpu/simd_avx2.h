@@ -215,6 +215,17 @@ TPCORE_INLINE Vec<float> scale_by_power(Vec<float> a, Vec<float> n) {
   const __m256 scaled = _mm256_mul_ps(a.v, _mm256_castsi256_ps(first));
   return _mm256_mul_ps(scaled, _mm256_castsi256_ps(second));
 }
+// (a0, b0, a1, b1, ..): the first half to a, the second to b.
+TPCORE_INLINE void interleave(Vec<float>& a, Vec<float>& b) {
+  const __m256 low = _mm256_unpacklo_ps(a.v, b.v), high = _mm256_unpackhi_ps(a.v, b.v);
+  a = _mm256_permute2f128_ps(low, high, 0x20);
+  b = _mm256_permute2f128_ps(low, high, 0x31);
+}
+TPCORE_INLINE void interleave(Vec<double>& a, Vec<double>& b) {
+  const __m256d low = _mm256_unpacklo_pd(a.v, b.v), high = _mm256_unpackhi_pd(a.v, b.v);
+  a = _mm256_permute2f128_pd(low, high, 0x20);
+  b = _mm256_permute2f128_pd(low, high, 0x31);
+}
 
 struct U64 {
   static constexpr int64_t size = 4;

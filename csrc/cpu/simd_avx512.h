@@ -179,6 +179,21 @@ TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
 TPCORE_INLINE Vec<float> scale_by_power(Vec<float> a, Vec<float> n) {
   return _mm512_scalef_ps(a.v, n.v);
 }
+// (a0, b0, a1, b1, ..): the first half to a, the second to b.
+TPCORE_INLINE void interleave(Vec<float>& a, Vec<float>& b) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  const __m512 first = _mm512_permutex2var_ps(a.v, low, b.v);
+  b = _mm512_permutex2var_ps(a.v, high, b.v);
+  a = first;
+}
+TPCORE_INLINE void interleave(Vec<double>& a, Vec<double>& b) {
+  const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+  const __m512i high = _mm512_add_epi64(low, _mm512_set1_epi64(4));
+  const __m512d first = _mm512_permutex2var_pd(a.v, low, b.v);
+  b = _mm512_permutex2var_pd(a.v, high, b.v);
+  a = first;
+}
 
 // Where w, from [1, 16), lies among the 32 intervals 2^o [1 + m/8, 1 + (m+1)/8): the number of the
 // interval, and the distance from its left end. For piecewise polynomials with tables in registers.

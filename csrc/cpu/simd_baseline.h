@@ -191,6 +191,17 @@ TPCORE_INLINE Vec<float> scale_by_power(Vec<float> a, Vec<float> n) {
   const I32x4 first = (half + 127) << 23, second = (whole - half + 127) << 23;
   return a.v * (F32x4)first * (F32x4)second;
 }
+// (a0, b0, a1, b1, ..): the first half to a, the second to b.
+TPCORE_INLINE void interleave(Vec<float>& a, Vec<float>& b) {
+  const F32x4 first{a.v[0], b.v[0], a.v[1], b.v[1]};
+  b = F32x4{a.v[2], b.v[2], a.v[3], b.v[3]};
+  a = first;
+}
+TPCORE_INLINE void interleave(Vec<double>& a, Vec<double>& b) {
+  const F64x2 first{a.v[0], b.v[0]};
+  b = F64x2{a.v[1], b.v[1]};
+  a = first;
+}
 
 struct U64 {
   static constexpr int64_t size = 2;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU implementations of the raw ops, on torch's own thread pool.
+#include "attention_ops.h"
 #include "launch.h"
 #include "ops.h"
 #include "shm_ops.h"
@@ -27,6 +28,8 @@ struct Cpu {
 // Besides those of ops.h, which every device has.
 // clang-format off
 #define TPCORE_CPU_ONLY_OPS(op) \
+  op(packed_attention_forward)  \
+  op(packed_attention_backward) \
   op(shm_publish)               \
   op(shm_complete)              \
   op(shm_exchange)

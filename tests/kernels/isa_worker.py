@@ -57,6 +57,15 @@ def _results() -> dict[str, torch.Tensor]:
     calls["cross_entropy"] = lambda x, r, w, b: (
         kernels.cross_entropy(x * w + r, target, label_smoothing=0.1)[:, None] * b
     )
+
+    def packed_attention(x, r, w, b):
+        qkv = (x + w * r)[:, :72].reshape(ROWS, 2, 3, 12)
+        cu_seqlens = torch.tensor([0, 1, 14, ROWS]).int()
+        y = kernels.packed_attention(qkv, cu_seqlens, **attention_key)
+        return y.new_zeros(ROWS, COLUMNS).index_copy(1, torch.arange(24), y.view(ROWS, 24))
+
+    attention_key = {"dropout_p": 0.2, "seed": seed, "row_ids": row_ids}
+    calls["packed_attention"] = packed_attention
     for op, call in calls.items():
         for dtype in DTYPES:
             arguments = [t.to(dtype).requires_grad_() for t in (x, residual, weight, bias)]

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.ranks import run_ranks
+from tests.kernels.harness import require
 from tests.layers.plain_attention import attention
 from tests.layers.twins import build_sharded_and_full, check_against_twin
 from tpcore._native import dropout_keep_mask
@@ -26,6 +30,25 @@ H, HEADS, LAYER = 24, 4, 3
 # 171 tokens in two buckets, of which one is padded.
 LENGTHS = (5, 130, 1, 9, 2, 17, 7)
 STREAM = dropout_stream(LAYER, Site.ATTENTION_PROBS)
+
+by_path = pytest.mark.parametrize("fused", [True, False], ids=["fused", "buckets"])
+
+
+def _require(fused: bool) -> None:
+    if fused:
+        require("cpu")
+
+
+@contextmanager
+def _path(fused: bool) -> Iterator[None]:
+    """Attention by the fused kernel, or by buckets."""
+    original = attention_module.has_kernel
+    assert not fused or original("packed_attention", torch.zeros(1))
+    attention_module.has_kernel = lambda op, x: fused
+    try:
+        yield
+    finally:
+        attention_module.has_kernel = original
 
 
 def _build(tp, *, dtype=torch.float32, p=0.0, causal=False):
@@ -49,7 +72,7 @@ def _run(module, x, dropout, lengths=LENGTHS):
     return y + bias
 
 
-def _check_twin(tp, dtype, causal, p):
+def _check_twin(tp, dtype, causal, p, fused):
     dropout = _context() if p > 0 else None
 
     def twin(parameters, x):
@@ -57,25 +80,30 @@ def _check_twin(tp, dtype, causal, p):
             parameters, x, LENGTHS, HEADS, causal=causal, p=p, stream=STREAM, dropout=dropout
         )
 
-    check_against_twin(
-        tp,
-        lambda group: _build(group, dtype=dtype, p=p, causal=causal),
-        twin,
-        _x(dtype),
-        run=lambda module, x: _run(module, x, dropout),
-    )
+    with _path(fused):
+        check_against_twin(
+            tp,
+            lambda group: _build(group, dtype=dtype, p=p, causal=causal),
+            twin,
+            _x(dtype),
+            run=lambda module, x: _run(module, x, dropout),
+        )
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["no-dropout", "dropout"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@by_path
 @pytest.mark.parametrize("size", SIZES)
-def test_equals_its_twin(size, causal, p):
-    run_ranks(_check_twin, size, torch.float32, causal, p)
+def test_equals_its_twin(size, fused, causal, p):
+    _require(fused)
+    run_ranks(_check_twin, size, torch.float32, causal, p, fused)
 
 
+@by_path
 @pytest.mark.parametrize("size", SIZES)
-def test_equals_its_twin_in_bfloat16(size):
-    run_ranks(_check_twin, size, torch.bfloat16, False, 0.3)
+def test_equals_its_twin_in_bfloat16(size, fused):
+    _require(fused)
+    run_ranks(_check_twin, size, torch.bfloat16, False, 0.3, fused)
 
 
 def _check_dropout_bits(tp):
@@ -92,7 +120,8 @@ def _check_dropout_bits(tp):
     attention_module.masked_softmax = recorded
     try:
         sequences = PackedSequences.from_lengths(LENGTHS)
-        module(_x(), sequences, dropout)
+        with _path(fused=False):
+            module(_x(), sequences, dropout)
     finally:
         attention_module.masked_softmax = original
     num_checked = 0
@@ -123,7 +152,14 @@ def test_evaluation_and_no_context_mean_no_dropout():
     assert torch.equal(_run(module.eval(), x, _context()), without)
 
 
-def test_order_and_company_do_not_change_a_sequence():
+@by_path
+def test_order_and_company_do_not_change_a_sequence(fused):
+    _require(fused)
+    with _path(fused):
+        _check_order_and_company()
+
+
+def _check_order_and_company():
     module = _build(TensorParallelGroup.single(), p=0.3)
     x, dropout = _x(), _context()
     together = _run(module, x, dropout).split(LENGTHS)
@@ -145,11 +181,14 @@ def test_order_and_company_do_not_change_a_sequence():
         torch.testing.assert_close(together[i], alone, rtol=1e-5, atol=1e-6)
 
 
-def test_a_nan_stays_in_its_sequence():
+@by_path
+def test_a_nan_stays_in_its_sequence(fused):
+    _require(fused)
     module = _build(TensorParallelGroup.single())
     x = _x()
     x[3] = float("nan")
-    y = _run(module, x, None).split(LENGTHS)
+    with _path(fused):
+        y = _run(module, x, None).split(LENGTHS)
     assert y[0].isnan().all()
     assert not torch.cat(y[1:]).isnan().any()
 
@@ -162,7 +201,7 @@ def test_a_wrong_key_mask_is_noticed(monkeypatch):
 
     monkeypatch.setattr(attention_module, "masked_softmax", without_mask)
     with pytest.raises(AssertionError, match="output on rank 0 of 1"):
-        _check_twin(TensorParallelGroup.single(), torch.float32, False, 0.0)
+        _check_twin(TensorParallelGroup.single(), torch.float32, False, 0.0, fused=False)
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)

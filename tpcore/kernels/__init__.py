@@ -1,6 +1,13 @@
 """Pure, differentiable functions of tensors on one device, served by the best backend present."""
 
-from tpcore.kernels.backend import Explanation, explain, record_backends, use_backend
+from tpcore.kernels.attention import packed_attention
+from tpcore.kernels.backend import (
+    Explanation,
+    explain,
+    has_kernel,
+    record_backends,
+    use_backend,
+)
 from tpcore.kernels.bias_dropout_residual import bias_dropout_residual
 from tpcore.kernels.bias_gelu import bias_gelu
 from tpcore.kernels.cross_entropy import cross_entropy
@@ -14,8 +21,10 @@ __all__ = [
     "bias_gelu",
     "cross_entropy",
     "explain",
+    "has_kernel",
     "layer_norm",
     "masked_softmax",
+    "packed_attention",
     "record_backends",
     "use_backend",
 ]

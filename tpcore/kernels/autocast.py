@@ -23,6 +23,7 @@ OUTPUT_DTYPE: dict[str, str] = {
     "add_layer_norm": "promoted",
     "bias_gelu": "x",
     "masked_softmax": "x",
+    "packed_attention": "x",
     "bias_dropout_residual": "promoted",
     "cross_entropy": "statistics",
 }

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tpcore import _native
+from tpcore.kernels.triton import RAW_OPS as TRITON_OPS
 from tpcore.kernels.triton import refusal as triton_refusal
 
 Backend = Literal["cuda", "triton", "cpu", "reference"]
@@ -31,6 +32,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "add_layer_norm": ("add_layer_norm_forward", "layer_norm_backward"),
     "bias_gelu": ("bias_gelu_forward", "bias_gelu_backward"),
     "masked_softmax": ("masked_softmax_forward", "masked_softmax_backward"),
+    "packed_attention": ("packed_attention_forward", "packed_attention_backward"),
     "bias_dropout_residual": ("bias_dropout_residual_forward", "bias_dropout_residual_backward"),
     "cross_entropy": ("cross_entropy_statistics", "cross_entropy_backward"),
 }
@@ -46,7 +48,8 @@ def _device_refusal(backend: str, op: str, device: str) -> str:
     if backend == "reference":
         return ""
     if backend == "triton":
-        return triton_refusal(device)
+        missing = [raw for raw in OPS[op] if raw not in TRITON_OPS]
+        return f"has no {missing[0]}" if missing else triton_refusal(device)
     if device != backend:
         return f"serves {backend} tensors only"
     library = _native.status(backend)  # type: ignore[arg-type]
@@ -155,6 +158,19 @@ def choose(op: str, x: Tensor, *parameters: Tensor | None) -> str:
 def raw_ops(backend: str) -> Any:
     """The raw ops of a backend with kernels, under the names of `_native.RAW_OPS`."""
     return torch.ops.tpcore_triton if backend == "triton" else torch.ops.tpcore
+
+
+def has_kernel(op: str, x: Tensor) -> bool:
+    """Whether a kernel, not the reference, would serve a call of `op` on x.
+
+    For callers who have something better than the reference to fall back to.
+    """
+    key = op, x.device.type
+    if _forced is None:
+        backend = _PREFERRED.get(key, "reference")
+    else:
+        backend = "reference" if _forced_refusals.get(key, "not served") else _forced
+    return backend != "reference" and not _dtype_refusal(backend, x, ())
 
 
 @contextmanager

@@ -7,6 +7,8 @@ input) and rounded once at the end. These functions expect valid arguments: the 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -83,6 +85,30 @@ def masked_softmax(
         )
         y = torch.where(keep, y * (1.0 / (1.0 - dropout_p)), 0.0)
     return y.to(scores.dtype)
+
+
+def packed_attention(
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    causal: bool,
+    dropout_p: float,
+    seed: Tensor | None,
+    stream: int,
+    row_ids: Tensor | None,
+    head_offset: int,
+) -> Tensor:
+    """dropout(softmax(scale * q k^T)) v, one sequence after the other; qkv [t, n, 3, d]."""
+    dtype = accumulation_dtype(qkv.dtype)
+    contexts = [qkv[:0, :, 0].to(dtype)]
+    for first, end in pairwise(cu_seqlens.tolist()):
+        q, k, v = qkv[first:end].to(dtype).permute(2, 1, 0, 3).unbind()
+        ids = None if row_ids is None else row_ids[None, first:end]
+        scores = (q @ k.transpose(1, 2))[None]
+        key = (dropout_p, seed, stream, ids, head_offset)
+        probs = masked_softmax(scores, None, scale, causal, *key)[0]
+        contexts.append((probs @ v).transpose(0, 1))
+    return torch.cat(contexts).to(qkv.dtype)
 
 
 def bias_dropout_residual(

@@ -1,9 +1,10 @@
 """Self-attention over packed sequences, with the heads split over a tensor-parallel group.
 
-The tokens of all sequences lie one after the other, x [t, h], without padding. Scores need
-rectangles, so sequences of similar length are put together into buckets [b, s], and only there
-padding exists. The unit that moves between the two orders is one head of one token, d numbers,
-since nothing larger stays together on the way from [t, n, 3, d] to [3, b, n, s, d].
+The tokens of all sequences lie one after the other, x [t, h], without padding. Where a fused kernel
+serves the call, it reads them as they lie. Everywhere else scores need rectangles, so sequences of
+similar length are put together into buckets [b, s], and only there padding exists. The unit that
+moves between the two orders is one head of one token, d numbers, since nothing larger stays
+together on the way from [t, n, 3, d] to [3, b, n, s, d].
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tpcore.kernels import masked_softmax
+from tpcore.kernels import has_kernel, masked_softmax, packed_attention
 from tpcore.layers.initialization import InitMethod
 from tpcore.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tpcore.parallel.group import TensorParallelGroup, divide
@@ -51,19 +53,17 @@ class PackedSequences:
     Attributes:
         cu_seqlens: int32 [num_sequences + 1], first token of each sequence, then t.
         lengths: number of tokens of each sequence.
-        buckets: every sequence is in exactly one of them.
     """
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
-    buckets: tuple[Bucket, ...]
     _head_rows: dict[int, _HeadRows] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def from_lengths(
         cls, lengths: Sequence[int], device: torch.device | str | None = None
     ) -> PackedSequences:
-        """Group sequences into buckets; the grouping depends on the lengths alone.
+        """Sequences of these lengths.
 
         Args:
             lengths: tokens of each sequence, in packed order.
@@ -80,20 +80,29 @@ class PackedSequences:
                 f"lengths[{sizes.index(min(sizes))}]={min(sizes)}; expected sequences of one or "
                 "more tokens: leave empty ones out"
             )
-        counts = torch.tensor(sizes, device="cpu")
-        ends = counts.cumsum(0)
-        starts = ends - counts
+        ends = torch.tensor((0, *sizes), device="cpu").cumsum(0)
+        return cls(ends.to(device=device, dtype=torch.int32), sizes)
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """Sequences of similar length together; every one is in exactly one bucket.
+
+        The grouping depends on the lengths alone. Made when first asked for: fused kernels need
+        none.
+        """
+        device = self.cu_seqlens.device
+        counts = torch.tensor(self.lengths, device="cpu")
+        starts = counts.cumsum(0) - counts
         buckets = []
-        for members in _group_by_length(sizes):
+        for members in _group_by_length(self.lengths):
             chosen = torch.tensor(members, device="cpu")
             last = counts[chosen, None] - 1
-            column = torch.arange(sizes[members[0]], device="cpu")
+            column = torch.arange(self.lengths[members[0]], device="cpu")
             index = starts[chosen, None] + torch.minimum(column, last)
             padding = column > last
             mask = padding[:, None, None, :].to(device) if padding.any() else None
             buckets.append(Bucket(index.to(device), mask))
-        cu_seqlens = torch.cat((starts[:1], ends)).to(device=device, dtype=torch.int32)
-        return cls(cu_seqlens, sizes, tuple(buckets))
+        return tuple(buckets)
 
     @property
     def num_tokens(self) -> int:
@@ -293,34 +302,48 @@ class SelfAttention(nn.Module):
         t, d, n = sequences.num_tokens, self.head_size, self.num_own_heads
         if x.shape[0] != t:
             raise ValueError(f"x has {x.shape[0]} tokens, but sequences has {t} in its lengths")
+        qkv = self.qkv(x).view(t, n, 3, d)
+        dropout = dropout if self.training and self.attention_dropout > 0 else None
+        if has_kernel("packed_attention", qkv):
+            context = packed_attention(
+                qkv, sequences.cu_seqlens, causal=self.causal, **self._key(dropout)
+            )
+        else:
+            context = self._by_buckets(qkv, sequences, dropout)
+        return self.dense(context.view(t, n * d))
+
+    def _key(self, dropout: DropoutContext | None, index: Tensor | None = None) -> dict[str, Any]:
+        """The dropout of the probabilities of all queries, or of those at index."""
+        if dropout is None:
+            return {}
+        return {
+            "dropout_p": self.attention_dropout,
+            "seed": dropout.seed,
+            "stream": self.stream,
+            "row_ids": dropout.row_ids if index is None else dropout.row_ids[index],
+            "head_offset": self.head_offset,
+        }
+
+    def _by_buckets(
+        self, qkv: Tensor, sequences: PackedSequences, dropout: DropoutContext | None
+    ) -> Tensor:
+        """The same by matrix products and masked_softmax, on any device: [t * n, d]."""
+        t, n, _, d = qkv.shape
         rows = sequences.head_rows(n)
-        qkv = _ToBuckets.apply(self.qkv(x).view(t * n * 3, d), rows.qkv, rows.qkv_inverse)
+        qkv = _ToBuckets.apply(qkv.view(t * n * 3, d), rows.qkv, rows.qkv_inverse)
         contexts = []
         sizes = [3 * n * bucket.index.numel() for bucket in sequences.buckets]
         for bucket, own_qkv in zip(sequences.buckets, qkv.split(sizes), strict=True):
             b, s = bucket.index.shape
             q, k, v = own_qkv.view(3, b * n, s, d).unbind()
             scores = torch.bmm(q, k.transpose(1, 2)).view(b, n, s, s)
-            probs = self._probabilities(scores, bucket, dropout)
+            probs = masked_softmax(
+                scores,
+                bucket.key_mask,
+                1.0 / math.sqrt(d),
+                self.causal,
+                **self._key(dropout, bucket.index),
+            )
             contexts.append(torch.bmm(probs.view(b * n, s, s), v).view(b * n * s, d))
         context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
-        context = _FromBuckets.apply(context, rows.context_inverse)
-        return self.dense(context.view(t, n * d))
-
-    def _probabilities(
-        self, scores: Tensor, bucket: Bucket, dropout: DropoutContext | None
-    ) -> Tensor:
-        scale = 1.0 / math.sqrt(self.head_size)
-        if dropout is None or not self.training or self.attention_dropout == 0:
-            return masked_softmax(scores, bucket.key_mask, scale, self.causal)
-        return masked_softmax(
-            scores,
-            bucket.key_mask,
-            scale,
-            self.causal,
-            dropout_p=self.attention_dropout,
-            seed=dropout.seed,
-            stream=self.stream,
-            row_ids=dropout.row_ids[bucket.index],
-            head_offset=self.head_offset,
-        )
+        return _FromBuckets.apply(context, rows.context_inverse)

@@ -170,6 +170,39 @@ struct MaskedSoftmaxBackward {
   void* grad_scores;  // T [batch, heads, queries, keys] contiguous
 };
 
+// Self-attention of every sequence over itself, for each head of the packed tokens:
+// s_ij = scale * q_i . k_j over the keys j of the query's sequence, under causal j <= i only
+// p_ij = exp(s_ij - max_i) / sum_exp_i,  max_i = max over j of s_ij
+// context_i = sum over j of keep_ij * dropout_scale * p_ij * v_j
+// The column of a dropout bit is the index of the key in its sequence.
+struct PackedAttention {
+  int64_t tokens, heads, head_size, sequences, longest;
+  DType dtype;
+  Matrix qkv;                 // T [tokens, heads * 3 * head_size], a head being [q | k | v]
+  const int32_t* cu_seqlens;  // [sequences + 1]: 0, non-decreasing, tokens; steps of <= longest
+  double scale;
+  bool causal;
+  const DropoutKey* key;  // row_ids [tokens]; null without dropout
+  double dropout_scale;
+};
+
+struct PackedAttentionForward {
+  PackedAttention input;
+  void* context;        // T [tokens, heads * head_size] contiguous
+  void *max, *sum_exp;  // A [heads, tokens] contiguous
+};
+
+// With g_ij = keep_ij * dropout_scale * grad_context_i . v_j and
+// t_ij = p_ij * (g_ij - sum over j of p_ij * g_ij):
+// grad_q_i = scale * sum over j of t_ij * k_j,  grad_k_j = scale * sum over i of t_ij * q_i
+// grad_v_j = sum over i of keep_ij * dropout_scale * p_ij * grad_context_i
+struct PackedAttentionBackward {
+  PackedAttention input;
+  Matrix grad_context;        // T [tokens, heads * head_size]
+  const void *max, *sum_exp;  // A [heads, tokens] contiguous
+  void* grad_qkv;             // T [tokens, heads * 3 * head_size] contiguous
+};
+
 // The first `live` columns of a row of logits are the classes vocab_start + [0, live) of
 // num_classes.
 struct VocabularyShard {
@@ -263,6 +296,8 @@ struct CpuKernels {
   void (*bias_gelu_backward)(const BiasGeluBackward&, ParallelFor);
   void (*masked_softmax_forward)(const MaskedSoftmaxForward&, ParallelFor);
   void (*masked_softmax_backward)(const MaskedSoftmaxBackward&, ParallelFor);
+  void (*packed_attention_forward)(const PackedAttentionForward&, ParallelFor);
+  void (*packed_attention_backward)(const PackedAttentionBackward&, ParallelFor);
   void (*cross_entropy_statistics)(const CrossEntropyStatistics&, ParallelFor);
   void (*cross_entropy_backward)(const CrossEntropyBackward&, ParallelFor);
   ShmFailure (*shm_publish)(const ShmCollective&, ParallelFor);

@@ -38,6 +38,7 @@ _MODULES = {
     "cross_entropy_statistics": "cross_entropy",
     "cross_entropy_backward": "cross_entropy",
 }
+RAW_OPS = frozenset(_MODULES)
 
 
 @functools.cache
