@@ -13,6 +13,7 @@ from tests.kernels.harness import require
 from tests.layers.plain_attention import attention
 from tests.layers.twins import build_sharded_and_full, check_against_twin
 from tpcore._native import dropout_keep_mask
+from tpcore.kernels import record_backends
 from tpcore.layers import attention as attention_module
 from tpcore.layers.attention import (
     FREE_PADDED_SCORES,
@@ -270,3 +271,24 @@ def _check_heads_do_not_divide(tp):
     assert "num_attention_heads=6 cannot be split over a tensor-parallel size of 4" in str(
         error.value
     )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "fused"),
+    [
+        (torch.float32, 200, True),
+        (torch.bfloat16, 100, True),
+        (torch.bfloat16, 200, False),
+    ],
+)
+def test_long_sequences_in_half_precision_take_the_matrix_products(dtype, length, fused):
+    require("cpu")
+    sequences = PackedSequences.from_lengths([length, length])
+    layer = SelfAttention(16, 2, tp=TensorParallelGroup.single(), dtype=dtype)
+    with record_backends() as calls:
+        layer(torch.randn(2 * length, 16, dtype=dtype), sequences)
+    assert {op for op, _ in calls} == {"packed_attention" if fused else "masked_softmax"}
+
+
+def test_mean_keys_weighs_sequences_by_their_queries():
+    assert PackedSequences.from_lengths([1, 3]).mean_keys == 2.5

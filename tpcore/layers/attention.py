@@ -32,6 +32,12 @@ FREE_PADDED_SCORES = 1 << 12
 MAX_BUCKET_SCORES = 1 << 22
 
 
+# In half precision matrix products run on instructions for it, which the fused kernel, whose sums
+# and operands are float32, has not. Where a query sees more keys than this on average, they win
+# (docs/attention.md).
+MAX_FUSED_HALF_KEYS = 160
+
+
 @dataclass(frozen=True)
 class Bucket:
     """Sequences of similar length as a rectangle.
@@ -103,6 +109,11 @@ class PackedSequences:
             mask = padding[:, None, None, :].to(device) if padding.any() else None
             buckets.append(Bucket(index.to(device), mask))
         return tuple(buckets)
+
+    @cached_property
+    def mean_keys(self) -> float:
+        """How many keys a query sees on average: sum of length^2 over sum of length."""
+        return sum(length**2 for length in self.lengths) / self.num_tokens
 
     @property
     def num_tokens(self) -> int:
@@ -304,7 +315,9 @@ class SelfAttention(nn.Module):
             raise ValueError(f"x has {x.shape[0]} tokens, but sequences has {t} in its lengths")
         qkv = self.qkv(x).view(t, n, 3, d)
         dropout = dropout if self.training and self.attention_dropout > 0 else None
-        if has_kernel("packed_attention", qkv):
+        is_half = qkv.dtype in (torch.bfloat16, torch.float16)
+        suits = not is_half or sequences.mean_keys <= MAX_FUSED_HALF_KEYS
+        if suits and has_kernel("packed_attention", qkv):
             context = packed_attention(
                 qkv, sequences.cu_seqlens, causal=self.causal, **self._key(dropout)
             )
