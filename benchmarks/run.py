@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import json
+import operator
 import os
 import platform
 import re
@@ -20,6 +21,7 @@ from tpcore import memory
 HERE = Path(__file__).parent
 COLUMNS = (
     "op",
+    "regime",
     "direction",
     "dtype",
     "provider",
@@ -46,11 +48,12 @@ def device_name() -> str:
 def rows_of(report: dict) -> list[dict]:
     """One row for each case, with its ratio to the peers and to the copy of the same run."""
     rows = []
-    for case in report["benchmarks"]:
-        info, median = case["extra_info"], case["stats"]["median"]
+    for entry in report["benchmarks"]:
+        info, median = entry["extra_info"], entry["stats"]["median"]
         rows.append(
             {
                 "op": info["op"],
+                "regime": info["regime"],
                 "direction": info["direction"],
                 "dtype": info["dtype"].removeprefix("torch."),
                 "provider": info["provider"],
@@ -58,13 +61,14 @@ def rows_of(report: dict) -> list[dict]:
                 "gb_per_s": info["min_bytes"] / median / 1e9,
             }
         )
-    copies = {row["dtype"]: row["gb_per_s"] for row in rows if row["op"] == "copy"}
-    times = {(r["op"], r["direction"], r["dtype"], r["provider"]): r["median_ms"] for r in rows}
+    case = operator.itemgetter("op", "regime", "direction", "dtype")
+    copies = {(r["regime"], r["dtype"]): r["gb_per_s"] for r in rows if r["op"] == "copy"}
+    times = {(*case(row), row["provider"]): row["median_ms"] for row in rows}
     for row in rows:
-        case_key = (row["op"], row["direction"], row["dtype"])
-        row["percent_of_copy"] = 100 * row["gb_per_s"] / copies[row["dtype"]]
+        copy = copies.get((row["regime"], row["dtype"]))
+        row["percent_of_copy"] = 100 * row["gb_per_s"] / copy if copy else None
         for peer in ("eager", "compile"):
-            peer_time = times.get((*case_key, peer))
+            peer_time = times.get((*case(row), peer))
             row[f"vs_{peer}"] = peer_time / row["median_ms"] if peer_time else None
     return rows
 
@@ -98,8 +102,7 @@ def main() -> int:
         f"torch {torch.__version__}, {date}; load average {load_before:.2f} before and "
         f"{os.getloadavg()[0]:.2f} after. `gb_per_s`: unavoidable bytes over the median time; "
         "`vs_*`: the peer's time over this one, so above 1 is faster than the peer. CPU memory: "
-        f"{memory.memory_policy()}. Every round works on the same tensors: what fits into the "
-        "last-level cache stays there."
+        f"{memory.memory_policy()}. Regimes: see benchmarks/kernels.py."
     )
     target.with_suffix(".md").write_text(markdown(rows, f"Kernels on {device}", facts))
     with target.with_suffix(".csv").open("w", newline="") as file:
