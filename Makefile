@@ -53,7 +53,7 @@ sanitize: venv   ## the CPU kernels' tests, under AddressSanitizer and Undefined
 	for isa in scalar avx2 avx512 neon; do \
 	    TPCORE_CPU_ISA=$$isa $(BIN)/python -c 'import tpcore._native' 2> /dev/null || continue; \
 	    LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 TPCORE_CPU_ISA=$$isa \
-	    TPCORE_LIBRARY_DIR=$(SANITIZED)/tpcore $(BIN)/python -m pytest -q tests/kernels \
+	    TPCORE_LIBRARY_DIR=$(SANITIZED)/tpcore $(BIN)/python -m pytest -q --capture=no tests/kernels \
 	    -k "not compile and not opcheck and not triton" || exit 1; done
 
 bench: venv   ## kernel benchmarks on this machine, into benchmarks/results/

@@ -93,6 +93,7 @@ TPCORE_INLINE void keep_block(const RowKey& key, uint64_t first_group, uint8_t* 
 
 // keep[c] for the columns first_column + [0, columns) of a row, 0 <= first_column.
 inline void keep_columns(const RowKey& key, int64_t first_column, int64_t columns, uint8_t* keep) {
+  if (columns == 0) return;  // keep may be null
   const int64_t skip = first_column % 4;
   int64_t group = first_column / 4;
   // `at` is where the block of `group` starts in keep; the first block may start before it, the
@@ -106,7 +107,7 @@ inline void keep_columns(const RowKey& key, int64_t first_column, int64_t column
     keep_block(key, static_cast<uint64_t>(group), block);
     const int64_t begin = at < 0 ? -at : 0;
     const int64_t end = columns - at < kColumnsPerBlock ? columns - at : kColumnsPerBlock;
-    memcpy(keep + at + begin, block + begin, static_cast<size_t>(end - begin));
+    memcpy(keep + (at + begin), block + begin, static_cast<size_t>(end - begin));
   }
 }
 
