@@ -29,9 +29,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020b000000000000"  # 2.11, the oldest torch that the libraries must load in
 
-# Sanitizers of g++ for a library to test with (`make sanitize`): "address,undefined". Checks of every
-# single pointer for null and alignment would make the vector code too large to compile; null is
-# address's to find, and unaligned memory is what the kernels are made for.
+# Sanitizers of g++ for a library to test with (`make sanitize`): "address,undefined". Checks of
+# every single pointer for null and alignment would make the vector code too large to compile; null
+# is address's to find, and unaligned memory is what the kernels are made for.
 SANITIZE = [
     flag
     for kinds in [os.environ.get("TPCORE_SANITIZE")]
