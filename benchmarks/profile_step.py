@@ -24,7 +24,7 @@ from tpcore.models.packing import pack_sequences
 from tpcore.parallel.group import TensorParallelGroup
 
 LENGTHS = (25, 60, 128, 256, 43) * 8
-# Matrix products, memory, and what autograd and the optimizer are made of.
+# Our own, matrix products, allocation, lookup.
 NOT_ELEMENTWISE = (
     "tpcore::",
     "aten::addmm",

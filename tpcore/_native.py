@@ -352,17 +352,34 @@ def philox_keep_mask(
     return keep.flatten(-2)[..., start : start + num_columns].contiguous()
 
 
-def check_dropout_key(p: float, seed: Tensor | None, stream: int, row_ids: Tensor | None) -> None:
+def check_dropout_key(
+    p: float,
+    seed: Tensor | None,
+    stream: int,
+    row_ids: Tensor | None,
+    *,
+    column_offset: int = 0,
+    head_offset: int = 0,
+    num_heads: int = 1,
+) -> None:
     """Checks what every dropout has in common.
 
     Raises:
-        ValueError: if p is outside [0, 1), the stream does not fit its 16 bits, or p > 0 comes
-            without an int64 seed tensor of one element and int64 row_ids.
+        ValueError: if p is outside [0, 1), the stream or a head does not fit its 16 bits, the
+            columns begin before 0, or p > 0 comes without an int64 seed tensor of one element and
+            int64 row_ids.
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"the dropout probability is {p}; expected 0 <= p < 1")
     if not 0 <= stream < 1 << 16:
         raise ValueError(f"stream={stream} is outside 0..65535")
+    if head_offset < 0 or head_offset + num_heads > 1 << 16:
+        raise ValueError(
+            f"head_offset={head_offset}; expected the number of a head: the heads {head_offset}.."
+            f"{head_offset + num_heads - 1} are outside 0..65535"
+        )
+    if column_offset < 0:
+        raise ValueError(f"column_offset={column_offset} is negative; expected a column's number")
     if p == 0.0:
         return
     if seed is None or row_ids is None:
@@ -391,11 +408,8 @@ def _keep_mask(
     head_offset: int,
     num_heads: int,
 ) -> Tensor:
-    check_dropout_key(p, seed, stream, row_ids)
-    if head_offset < 0 or head_offset + num_heads > 1 << 16:
-        raise ValueError(f"heads {head_offset}..{head_offset + num_heads - 1} are outside 0..65535")
-    if column_offset < 0:
-        raise ValueError(f"column_offset={column_offset} is negative")
+    offsets = {"column_offset": column_offset, "head_offset": head_offset, "num_heads": num_heads}
+    check_dropout_key(p, seed, stream, row_ids, **offsets)
     native = "dropout_keep_mask" in NATIVE_OPS.get(row_ids.device.type, ())
     function = torch.ops.tpcore.dropout_keep_mask if native else philox_keep_mask
     return function(seed, row_ids, p, stream, num_columns, column_offset, head_offset, num_heads)

@@ -31,6 +31,8 @@ from pathlib import Path
 
 VARIABLE = "TPCORE_MEMORY_POLICY"
 POLICIES = ("keep", "system")
+# A restart that did not help, for whatever reason, is not tried again.
+_RESTARTED = "TPCORE_RESTARTED"
 
 _TUNABLES = {
     "glibc.malloc.mmap_threshold": 1 << 30,
@@ -134,10 +136,6 @@ def peak_memory_bytes() -> int:
     """The largest resident memory that this process has had."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-# A restart that did not help, for whatever reason, is not tried again.
-_RESTARTED = "TPCORE_RESTARTED"
 
 
 def _may_change() -> bool:

@@ -57,13 +57,12 @@ class Forward {
       const int64_t seen = block.keys_of(r);
       A* row = scores_ + r * sizes_.score_row;
       const uint8_t* bits = keep ? keep + r * sizes_.keep_row : nullptr;
-      V largest[4] = {minus_infinity, minus_infinity, minus_infinity, minus_infinity};
+      V maxima_of_row[4] = {minus_infinity, minus_infinity, minus_infinity, minus_infinity};
       for_each_vector<V>(seen, [&](int64_t i, int slot, auto lanes) TPCORE_INLINE_LAMBDA {
         const V score = V::load(row + i, Full{}) * scale;
-        largest[slot] = larger(only(score, lanes, minus_infinity), largest[slot]);
+        maxima_of_row[slot] = larger(only(score, lanes, minus_infinity), maxima_of_row[slot]);
       });
-      const A maximum =
-          larger(larger(largest[0], largest[1]), larger(largest[2], largest[3])).maximum();
+      const A maximum = largest(maxima_of_row).maximum();
       const V shift(maximum);
       V partial[4];
       for_each_vector<V>(seen, [&](int64_t i, int slot, auto lanes) TPCORE_INLINE_LAMBDA {
@@ -75,7 +74,7 @@ class Forward {
       });
       clear_unseen(row, seen, block.keys);
       maxima[r] = maximum;
-      sums[r] = ((partial[0] + partial[1]) + (partial[2] + partial[3])).sum();
+      sums[r] = total(partial).sum();
       factors[r] = static_cast<A>(input_.dropout_scale) / sums[r];
     }
   }

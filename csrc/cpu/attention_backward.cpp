@@ -91,7 +91,7 @@ class Backward {
         prob.store(probs + i, Full{});
         grad.store(grads + i, Full{});
       });
-      const V sum(((partial[0] + partial[1]) + (partial[2] + partial[3])).sum());
+      const V sum(total(partial).sum());
       for_each_vector<V>(seen, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
         const V prob = V::load(probs + i, Full{});
         const V grad = prob * (V::load(grads + i, Full{}) - sum);

@@ -11,11 +11,6 @@ namespace tpcore {
 namespace TPCORE_ISA {
 namespace {
 
-template <class V>
-TPCORE_INLINE V total(const V (&parts)[4]) {
-  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
-}
-
 template <class A>
 struct RowStatistics {
   A max, sum_exp, sum;
@@ -34,7 +29,7 @@ RowStatistics<Acc<T>> row_statistics(const T* logits, int64_t columns) {
     maxima[slot] = larger(only(value, lanes, lowest), maxima[slot]);
     sums[slot] = sums[slot] + value;
   });
-  const A max = larger(larger(maxima[0], maxima[1]), larger(maxima[2], maxima[3])).maximum();
+  const A max = largest(maxima).maximum();
   // Where every logit is -infinity the sum of exponentials is 0, as it is without any column.
   const V shift(max == -infinity ? A(0) : max);
   V exponentials[4];

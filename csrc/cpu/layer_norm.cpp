@@ -29,7 +29,7 @@ void row_statistics(const T* x, int64_t columns, double eps, Acc<T>* mean, Acc<T
   for_each_vector<V>(columns, [&](int64_t i, int slot, auto lanes) TPCORE_INLINE_LAMBDA {
     sums[slot] = sums[slot] + V::load(x + i, lanes);
   });
-  *mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum() / static_cast<A>(columns);
+  *mean = total(sums).sum() / static_cast<A>(columns);
 
   const V centre(*mean);
   V squares[4];
@@ -37,7 +37,7 @@ void row_statistics(const T* x, int64_t columns, double eps, Acc<T>* mean, Acc<T
     const V difference = only(V::load(x + i, lanes) - centre, lanes);
     squares[slot] = multiply_add(difference, difference, squares[slot]);
   });
-  const A square_sum = ((squares[0] + squares[1]) + (squares[2] + squares[3])).sum();
+  const A square_sum = total(squares).sum();
   *rstd = A(1) / square_root(square_sum / static_cast<A>(columns) + static_cast<A>(eps));
 }
 

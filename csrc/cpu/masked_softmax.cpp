@@ -5,8 +5,6 @@
 // and sum; division, dropout and store. Keys after the causal limit are never read. A maximum of
 // -infinity is looked into: if every key is masked the row is zero, if live scores are -infinity it
 // is NaN, as the formula says.
-#include <cstdlib>
-
 #include "parallel.h"
 #include "philox.h"
 #include "types.h"
@@ -15,26 +13,6 @@
 namespace tpcore {
 namespace TPCORE_ISA {
 namespace {
-
-// Memory of one task: a row in accumulation type, and its dropout bits.
-template <class A>
-class Scratch {
- public:
-  explicit Scratch(int64_t columns)
-      : memory_(malloc(static_cast<size_t>(columns) * (sizeof(A) + 1))), columns_(columns) {
-    if (memory_ == nullptr && columns > 0) out_of_memory();
-  }
-  ~Scratch() { free(memory_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  A* row() { return static_cast<A*>(memory_); }
-  uint8_t* keep() { return reinterpret_cast<uint8_t*>(row() + columns_); }
-
- private:
-  void* memory_;
-  int64_t columns_;
-};
 
 // Where row (b, n, q) is.
 struct Position {
@@ -59,7 +37,7 @@ Acc<T> scale_and_mask(const T* scores, const uint8_t* mask, Acc<T>* z, int64_t k
     value.store(z + i, lanes);
     maxima[slot] = larger(only(value, lanes, minus_infinity), maxima[slot]);
   });
-  return larger(larger(maxima[0], maxima[1]), larger(maxima[2], maxima[3])).maximum();
+  return largest(maxima).maximum();
 }
 
 // z = exp(z - maximum); returns the sum.
@@ -73,7 +51,7 @@ A exponentials(A* z, int64_t keys, A maximum) {
     value.store(z + i, lanes);
     sums[slot] = sums[slot] + only(value, lanes);
   });
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])).sum();
+  return total(sums).sum();
 }
 
 // Whether every byte of the mask of a row says masked. A mask that is the same along the row has
@@ -93,8 +71,9 @@ void masked_softmax_forward(const MaskedSoftmaxForward& args, ParallelFor parall
     const int64_t rows = args.batch * args.heads * args.queries;
     const int64_t bytes = keys * (2 * static_cast<int64_t>(sizeof(T)) + 8 + (args.key ? 8 : 0));
     parallel_rows(parallel_for, rows, bytes, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(keys);
-      A* z = scratch.row();
+      Scratch scratch;
+      A* z = scratch.take<A>(keys);
+      uint8_t* keep = scratch.take<uint8_t>(args.key ? keys : 0);
       for (int64_t row = begin; row < end; ++row) {
         const Position at(row, args.heads, args.queries);
         T* y = static_cast<T*>(args.y) + row * keys;
@@ -117,7 +96,6 @@ void masked_softmax_forward(const MaskedSoftmaxForward& args, ParallelFor parall
           if (!dead) {
             const V norm(A(1) / exponentials(z, live, maximum));
             const V factor(static_cast<A>(args.dropout_scale));
-            uint8_t* keep = scratch.keep();
             if (args.key != nullptr) {
               const int64_t token = at.batch * args.queries + at.query;
               keep_columns(row_key(*args.key, token, at.head), args.key->column_offset, live, keep);
@@ -150,15 +128,15 @@ void masked_softmax_backward(const MaskedSoftmaxBackward& args, ParallelFor para
     const int64_t rows = args.batch * args.heads * args.queries;
     const int64_t bytes = keys * (3 * static_cast<int64_t>(sizeof(T)) + (args.key ? 8 : 0));
     parallel_rows(parallel_for, rows, bytes, [&](int64_t begin, int64_t end) {
-      Scratch<A> scratch(keys);
-      A* g = scratch.row();
+      Scratch scratch;
+      A* g = scratch.take<A>(keys);
+      uint8_t* keep = scratch.take<uint8_t>(args.key ? keys : 0);
       for (int64_t row = begin; row < end; ++row) {
         const Position at(row, args.heads, args.queries);
         const T* grad_y = static_cast<const T*>(args.grad_y) + at.offset(args.grad_y_strides);
         const T* probs = static_cast<const T*>(args.probs) + at.offset(args.probs_strides);
         T* grad_scores = static_cast<T*>(args.grad_scores) + row * keys;
         const V factor(static_cast<A>(args.dropout_scale));
-        uint8_t* keep = scratch.keep();
         if (args.key != nullptr) {
           const int64_t token = at.batch * args.queries + at.query;
           keep_columns(row_key(*args.key, token, at.head), args.key->column_offset, keys, keep);
@@ -170,7 +148,7 @@ void masked_softmax_backward(const MaskedSoftmaxBackward& args, ParallelFor para
           grad.store(g + i, lanes);
           sums[slot] = multiply_add(grad, V::load(probs + i, lanes), sums[slot]);
         });
-        const V sum(((sums[0] + sums[1]) + (sums[2] + sums[3])).sum());
+        const V sum(total(sums).sum());
         const V scale(static_cast<A>(args.scale));
         for_each_vector<V>(keys, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
           const V grad = (V::load(g + i, lanes) - sum) * V::load(probs + i, lanes) * scale;

@@ -5,8 +5,6 @@
 // product has to know where a row ends.
 #pragma once
 
-#include <cstdlib>
-
 #include "simd.h"
 #include "tpcore/kernels.h"
 
@@ -178,32 +176,6 @@ Right<A> pack_transposed(const T* x, int64_t x_row, int64_t rows, int64_t column
   }
   return {packed - vectors_of<A>(rows) * panel, panel, kSize};
 }
-
-// Memory of a task: pieces that start on a cache line and live as long as this.
-class Scratch {
- public:
-  Scratch() = default;
-  ~Scratch() {
-    while (count_ > 0) free(pieces_[--count_]);
-  }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-
-  template <class A>
-  A* take(int64_t size) {
-    const size_t bytes = (static_cast<size_t>(size) * sizeof(A) + kLine - 1) / kLine * kLine;
-    void* piece = count_ < kMost ? aligned_alloc(kLine, bytes) : nullptr;
-    if (piece == nullptr) out_of_memory();
-    pieces_[count_++] = piece;
-    return static_cast<A*>(piece);
-  }
-
- private:
-  static constexpr size_t kLine = 64;
-  static constexpr int kMost = 16;
-  void* pieces_[kMost];
-  int count_ = 0;
-};
 
 }  // namespace TPCORE_ISA
 }  // namespace tpcore

@@ -2,6 +2,7 @@
 // Rows over the caller's thread pool, and sums over rows whose bits do not depend on it.
 #pragma once
 
+#include <cstdlib>
 #include <type_traits>
 
 #include "simd.h"
@@ -59,6 +60,32 @@ void add_partial_sums(ParallelFor parallel_for, const A* partials, int64_t sums,
     });
   });
 }
+
+// Memory of a task: pieces that start on a cache line and live as long as this.
+class Scratch {
+ public:
+  Scratch() = default;
+  ~Scratch() {
+    while (count_ > 0) free(pieces_[--count_]);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <class A>
+  A* take(int64_t size) {
+    const size_t lines = (static_cast<size_t>(size) * sizeof(A) + kLine - 1) / kLine;
+    void* piece = count_ < kMost ? aligned_alloc(kLine, (lines + (lines == 0)) * kLine) : nullptr;
+    if (piece == nullptr) out_of_memory();
+    pieces_[count_++] = piece;
+    return static_cast<A*>(piece);
+  }
+
+ private:
+  static constexpr size_t kLine = 64;
+  static constexpr int kMost = 16;
+  void* pieces_[kMost];
+  int count_ = 0;
+};
 
 // A result too large to be found in the cache by whoever reads it next is better written past the
 // cache: an ordinary store first reads the line that it is going to overwrite.

@@ -97,11 +97,6 @@ TPCORE_INLINE void prefetch(const T* p, int64_t ahead) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) +
                                                    static_cast<uintptr_t>(ahead) * sizeof(T)));
 }
-// How far ahead of a single reading: far enough for the latency of memory, near enough to stay in
-// the first-level cache.
-template <class T>
-constexpr int64_t kStreamAhead = 2048 / static_cast<int64_t>(sizeof(T));
-
 // Calls function(i, slot, lanes) for the vectors that cover [0, n): i is the first element, slot
 // cycles through 0..3 so that four independent accumulators can hide the latency of an addition,
 // lanes is Full{} or, at the end, Partial{n}.
@@ -117,6 +112,16 @@ TPCORE_INLINE void for_each_vector(int64_t n, const Function& function) {
   }
   for (; i + W <= n; i += W) function(i, 0, Full{});
   if (i < n) function(i, 0, Partial{n - i});
+}
+
+// What the four accumulators of for_each_vector come to.
+template <class V>
+TPCORE_INLINE V total(const V (&parts)[4]) {
+  return (parts[0] + parts[1]) + (parts[2] + parts[3]);
+}
+template <class V>
+TPCORE_INLINE V largest(const V (&parts)[4]) {
+  return larger(larger(parts[0], parts[1]), larger(parts[2], parts[3]));
 }
 
 }  // namespace TPCORE_ISA

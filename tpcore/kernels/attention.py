@@ -86,6 +86,7 @@ def _check(
     seed: Tensor | None,
     stream: int,
     row_ids: Tensor | None,
+    head_offset: int,
 ) -> None:
     if qkv.dim() != 4 or qkv.shape[2] != 3:
         raise ValueError(
@@ -96,7 +97,8 @@ def _check(
             f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; expected int32"
             " [sequences + 1], the first token of each sequence and then the number of tokens"
         )
-    check_dropout_key(dropout_p, seed, stream, row_ids)
+    heads = {"head_offset": head_offset, "num_heads": qkv.shape[1]}
+    check_dropout_key(dropout_p, seed, stream, row_ids, **heads)
     if row_ids is not None and dropout_p > 0 and row_ids.shape != qkv.shape[:1]:
         raise ValueError(
             f"row_ids has shape {tuple(row_ids.shape)}; expected ({qkv.shape[0]},), one id per"
@@ -140,9 +142,7 @@ def packed_attention(
         ValueError: if shapes or dtypes do not fit, or the dropout key is missing or out of range.
     """
     check_operands("qkv", qkv, cu_seqlens=cu_seqlens, seed=seed, row_ids=row_ids)
-    _check(qkv, cu_seqlens, dropout_p, seed, stream, row_ids)
-    if not 0 <= head_offset <= (1 << 16) - qkv.shape[1]:
-        raise ValueError(f"head_offset={head_offset}; expected the number of a head, 0..65535")
+    _check(qkv, cu_seqlens, dropout_p, seed, stream, row_ids, head_offset)
     if scale is None:
         scale = qkv.shape[3] ** -0.5
     key = (dropout_p, seed, stream, row_ids, head_offset)

@@ -127,9 +127,7 @@ def bias_dropout_residual(
         raise ValueError(
             f"residual has shape {tuple(residual.shape)}; expected {tuple(x.shape)}, the shape of x"
         )
-    check_dropout_key(p, seed, stream, row_ids)
-    if column_offset < 0:
-        raise ValueError(f"column_offset={column_offset}; expected the number of a column, from 0")
+    check_dropout_key(p, seed, stream, row_ids, column_offset=column_offset)
     if p > 0:
         assert row_ids is not None
         if row_ids.shape != x.shape[:-1]:

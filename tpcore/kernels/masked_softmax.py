@@ -85,6 +85,7 @@ def _check(
     seed: Tensor | None,
     stream: int,
     row_ids: Tensor | None,
+    head_offset: int,
 ) -> None:
     if scores.dim() != 4:
         raise ValueError(
@@ -103,7 +104,8 @@ def _check(
                 f"mask of shape {tuple(mask.shape)} does not broadcast to scores "
                 f"{tuple(scores.shape)}"
             )
-    check_dropout_key(dropout_p, seed, stream, row_ids)
+    heads = {"head_offset": head_offset, "num_heads": scores.shape[1]}
+    check_dropout_key(dropout_p, seed, stream, row_ids, **heads)
     expected = scores.shape[0], scores.shape[2]
     if row_ids is not None and dropout_p > 0 and row_ids.shape != expected:
         raise ValueError(
@@ -147,9 +149,7 @@ def masked_softmax(
         ValueError: if shapes or dtypes do not fit, or the dropout key is missing or out of range.
     """
     check_operands("scores", scores, mask=mask, seed=seed, row_ids=row_ids)
-    if not 0 <= head_offset < 1 << 16:
-        raise ValueError(f"head_offset={head_offset}; expected the number of a head, 0..65535")
-    _check(scores, mask, dropout_p, seed, stream, row_ids)
+    _check(scores, mask, dropout_p, seed, stream, row_ids, head_offset)
     key = (dropout_p, seed, stream, row_ids, head_offset)
     backend = choose("masked_softmax", scores)
     if backend == "reference" or scores.shape[3] == 0:

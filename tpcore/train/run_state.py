@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from tpcore.checkpoint.errors import CheckpointError
+from tpcore.checkpoint.folders import is_empty
 from tpcore.checkpoint.unpickle import check_records, load_pickle
 from tpcore.models.bert import BertModel
 from tpcore.parallel.collectives import barrier
@@ -62,7 +63,7 @@ def check_writable(path: Path) -> None:
     where = "exp_manager.exp_dir, name and version"
     if (path / CONFIG_FILE).exists():
         raise ConfigError(f"{path} ({where}) already holds a run; choose another version or name")
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.exists() and not is_empty(path):
         raise ConfigError(
             f"{path} ({where}) exists and is not empty; choose another version or name"
         )
