@@ -95,44 +95,54 @@ _REFUSED = (
 )
 
 
-def load_pickle(path: Path) -> Any:
+def load_pickle(path: Path, where: str | None = None) -> Any:
     """The object in a torch.save file, with tensors mapped from the file where its format allows.
 
     Both the zip format and the one before torch 1.6 are read; only the first can be mapped.
+
+    Args:
+        path: the file.
+        where: what errors call it, if it was unpacked from another; None: its path.
 
     Raises:
         CheckpointError: the file cannot be opened, is truncated or damaged, or holds an object
             that is not on the list.
     """
+    where = str(path) if where is None else where
     try:
         with path.open("rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from error
+        raise CheckpointError(f"{where}: cannot be opened ({error.strerror})") from error
     if is_zip and not _ends_as_zip(path):
-        raise CheckpointError(f"{path}: the file is truncated; copy or download it again")
+        raise CheckpointError(f"{where}: the file is truncated; copy or download it again")
     try:
         with safe_globals(_ALLOWED), warnings.catch_warnings():
             # Advice for writers of pickles; what a reader needs to know is an error below.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, str(error))) from error
+        raise CheckpointError(_refusal(where, str(error))) from error
     except MemoryError as error:
-        raise CheckpointError(f"{path}: not enough memory to read it") from error
+        raise CheckpointError(f"{where}: not enough memory to read it") from error
     except Exception as error:  # whatever a damaged file makes the reader raise
         raise CheckpointError(
-            f"{path}: not a readable torch checkpoint, truncated or damaged "
+            f"{where}: not a readable torch checkpoint, truncated or damaged "
             f"({type(error).__name__}: {_first_line(error)})"
         ) from error
 
 
-def check_records(path: Path) -> None:
+def check_records(path: Path, where: str | None = None) -> None:
     """Compare every record of a torch zip file with its checksum; other files have none.
+
+    Args:
+        path: the file.
+        where: what errors call it, if it was unpacked from another; None: its path.
 
     Raises:
         CheckpointError: names the record that differs.
     """
+    where = str(path) if where is None else where
     name = "its directory"
     try:
         if not zipfile.is_zipfile(path):
@@ -147,10 +157,10 @@ def check_records(path: Path) -> None:
                         pass
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         raise CheckpointError(
-            f"{path}: is damaged: {name} differs from its checksum; copy or download it again"
+            f"{where}: is damaged: {name} differs from its checksum; copy or download it again"
         ) from error
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+        raise CheckpointError(f"{where}: cannot be read ({error.strerror})") from error
 
 
 def _ends_as_zip(path: Path) -> bool:
@@ -161,19 +171,19 @@ def _ends_as_zip(path: Path) -> bool:
         return False
 
 
-def _refusal(path: Path, message: str) -> str:
+def _refusal(where: str, message: str) -> str:
     for pattern in _REFUSED:
         match = pattern.search(message)
         if match:
             name = match.group(1).rstrip(".,")
             return (
-                f"{path}: refused to load the pickled object {name}, which is not on the list of "
+                f"{where}: refused to load the pickled object {name}, which is not on the list of "
                 "harmless names; if you trust the file, save its tensors again without that object"
             )
     # torch's own message advises weights_only=False; that advice is not repeated.
     detail = message.rsplit("WeightsUnpickler error:", 1)[-1].strip().splitlines()
     return (
-        f"{path}: not a readable torch checkpoint, truncated, damaged or unsafe "
+        f"{where}: not a readable torch checkpoint, truncated, damaged or unsafe "
         f"({detail[0][:200] if detail else 'empty pickle'})"
     )
 
