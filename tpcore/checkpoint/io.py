@@ -17,7 +17,6 @@ from tpcore.checkpoint.info import CheckpointInfo
 from tpcore.checkpoint.state import CanonicalState, Source
 from tpcore.checkpoint.unpickle import check_records
 from tpcore.models.bert import BertModel
-from tpcore.parallel.collectives import all_reduce, barrier
 from tpcore.parallel.group import TensorParallelGroup
 
 Format = Literal["megatron", "huggingface"]
@@ -118,25 +117,13 @@ def save(
     device = next(model.parameters()).device
     files = [Path(file) for file in tokenizer_files]
 
-    def prepare() -> None:
-        if tp.rank == 0:
-            _prepare(destination, overwrite)
-
-    def write() -> None:
-        _write(state, folders.pending(destination), format, size, tp, files)
-
-    def publish() -> None:
-        if tp.rank == 0:
-            folders.publish(destination)
-
-    for step in (prepare, write, publish):
-        error = _attempt(step, destination)
-        if _on_any_rank(error is not None, tp, device):
-            # Only what this call made: a destination that could not be prepared is not touched.
-            if tp.rank == 0 and step is not prepare:
-                folders.discard(destination)
-            barrier(tp)  # nobody sees the error before the remains are gone
-            raise error or CheckpointError(f"{destination}: another rank could not write its part")
+    folders.write_together(
+        destination,
+        tp,
+        device,
+        prepare=lambda: _prepare(destination, overwrite),
+        write=lambda folder: _write(state, folder, format, size, tp, files),
+    )
 
 
 def inspect(
@@ -202,7 +189,7 @@ def convert(
         )
         folders.publish(destination)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise _unwritable(destination, error) from error
+        raise folders.unwritable(destination, error) from error
     finally:
         folders.discard(destination)
     return inspect(destination)
@@ -290,25 +277,3 @@ def _write(
             attempt(shutil.copyfile, file, folder / file.name)
     if errors:
         raise errors[0]
-
-
-def _attempt(step: Callable[[], None], destination: Path) -> CheckpointError | None:
-    try:
-        step()
-    except CheckpointError as error:
-        return error
-    except (OSError, RuntimeError, SafetensorError) as error:
-        failure = _unwritable(destination, error)
-        failure.__cause__ = error
-        return failure
-    return None
-
-
-def _unwritable(destination: Path, error: Exception) -> CheckpointError:
-    reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[0]
-    return CheckpointError(f"{destination}: cannot be written ({reason})")
-
-
-def _on_any_rank(flag: bool, tp: TensorParallelGroup, device: torch.device) -> bool:
-    """Whether the flag is set on any rank; also makes every rank wait for the others."""
-    return bool(all_reduce(torch.tensor([float(flag)], device=device), tp, "max").item())
