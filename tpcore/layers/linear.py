@@ -11,14 +11,16 @@ Written with nn.Linear's convention, Y = X A^T + b with A [out, in], for two ran
     and makes its columns of Y               and makes one term of Y, summed by an all-reduce
 
 A column-parallel layer followed by a row-parallel one needs one all-reduce forward (the sum of Y)
-and one backward (the gradient of X).
+and one backward (the gradient of X). With sequence parallelism (arXiv 2205.05198) what lies between
+such pairs holds 1/tp of the tokens: X is gathered along dim 0 before the column-parallel layer, and
+Y is reduced and scattered along dim 0 after the row-parallel one. That moves as many bytes.
 """
 
 from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,10 +29,15 @@ from torch.autograd.function import once_differentiable
 
 from tpcore.layers.initialization import InitMethod, draw_whole_then_shard
 from tpcore.parallel.collectives import (
+    all_gather,
+    copy_all_to,
     gather_from,
     reduce_from,
+    reduce_scatter_to_sequence,
     scatter_to,
+    start_all_gather,
     start_all_reduce,
+    start_reduce_scatter,
     wait,
 )
 from tpcore.parallel.group import TensorParallelGroup, divide
@@ -47,6 +54,12 @@ class ColumnParallelLinear(nn.Module):
     X is the same on every rank. A frozen weight or bias computes no gradient, and an input that
     needs none starts no all-reduce.
 
+    With ``sequence_parallel`` X_r [t/tp, ..., in] is this rank's share of dim 0. It is gathered for
+    the product, but only X_r is kept, and gathered again backward:
+
+        forward     Y_r  = X A_r^T + b_r,  X = all-gather of X_r
+        backward    dX_r = reduce-scatter of dY_r A_r              runs beside dA_r
+
     Args:
         in_features: size of each input row.
         out_features: size of each full output row; a multiple of the group's size.
@@ -56,6 +69,9 @@ class ColumnParallelLinear(nn.Module):
         skip_bias_add: return (Y without bias, bias), for a kernel that adds it.
         init_method: fills the full weight [out, in] in place; the bias is zero then. None: weight
             and bias are drawn as torch.nn.Linear draws them.
+        sequence_parallel: X holds this rank's share of dim 0.
+        accumulate_main_grad: the backward adds the weight gradient to ``weight.main_grad`` and
+            leaves ``weight.grad`` None (see ``column_parallel_linear``).
 
     Raises:
         ValueError: the group's size does not divide ``out_features``.
@@ -71,12 +87,16 @@ class ColumnParallelLinear(nn.Module):
         gather_output: bool = False,
         skip_bias_add: bool = False,
         init_method: InitMethod | None = None,
+        sequence_parallel: bool = False,
+        accumulate_main_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.tp = tp
+        self.sequence_parallel = sequence_parallel
+        self.accumulate_main_grad = accumulate_main_grad
         self.gather_output, self.skip_bias_add = gather_output, skip_bias_add
         self.init_method = init_method
         rows = divide(out_features, tp.size, "out_features")
@@ -97,10 +117,19 @@ class ColumnParallelLinear(nn.Module):
         return dict.fromkeys(names, Sharded(0))
 
     def forward(self, x: Tensor) -> Any:
-        """X [..., in] -> Y [..., out/tp] ([..., out] if gathered), or (Y, bias)."""
+        """X [..., in] -> Y [..., out/tp] ([..., out] if gathered), or (Y, bias).
+
+        Sequence-parallel: X [t/tp, ..., in] -> Y [t, ..., out/tp].
+        """
         _check_last_dim(x, self.in_features, "in_features")
-        bias = None if self.skip_bias_add else self.bias
-        y = column_parallel_linear(x, self.weight, bias, self.tp)
+        y = column_parallel_linear(
+            x,
+            self.weight,
+            None if self.skip_bias_add else self.bias,
+            self.tp,
+            sequence_parallel=self.sequence_parallel,
+            accumulate_main_grad=self.accumulate_main_grad,
+        )
         if self.gather_output:
             y = gather_from(y, self.tp)
         if not self.skip_bias_add:
@@ -134,6 +163,11 @@ class RowParallelLinear(nn.Module):
         skip_bias_add: return (Y without bias, bias), for a kernel that adds it.
         init_method: fills the full weight [out, in] in place; the bias is zero then. None: weight
             and bias are drawn as torch.nn.Linear draws them.
+        sequence_parallel: keep this rank's share of dim 0 of Y, by a reduce-scatter in place of the
+            all-reduce; dim 0 of X must be a multiple of the group's size. The gradient of the bias,
+            which sees that share only, is summed over the ranks.
+        accumulate_main_grad: the backward adds the weight gradient to ``weight.main_grad`` and
+            leaves ``weight.grad`` None (see ``column_parallel_linear``).
 
     Raises:
         ValueError: the group's size does not divide ``in_features``.
@@ -149,12 +183,16 @@ class RowParallelLinear(nn.Module):
         input_is_parallel: bool = True,
         skip_bias_add: bool = False,
         init_method: InitMethod | None = None,
+        sequence_parallel: bool = False,
+        accumulate_main_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.tp = tp
+        self.sequence_parallel = sequence_parallel
+        self.accumulate_main_grad = accumulate_main_grad
         self.input_is_parallel, self.skip_bias_add = input_is_parallel, skip_bias_add
         self.init_method = init_method
         columns = divide(in_features, tp.size, "in_features")
@@ -175,17 +213,29 @@ class RowParallelLinear(nn.Module):
         return {"weight": Sharded(1)}
 
     def forward(self, x: Tensor) -> Any:
-        """X [..., in/tp] ([..., in] if it is not parallel) -> Y [..., out], or (Y, bias)."""
+        """X [..., in/tp] ([..., in] if it is not parallel) -> Y [..., out], or (Y, bias).
+
+        Sequence-parallel: X [t, ..., in/tp] -> Y [t/tp, ..., out].
+        """
         if self.input_is_parallel:
             _check_last_dim(x, self.in_features // self.tp.size, "in_features / tp.size")
         else:
             _check_last_dim(x, self.in_features, "in_features")
             x = scatter_to(x, self.tp)
-        y = reduce_from(F.linear(x, self.weight), self.tp)
+        if self.accumulate_main_grad:
+            y = _linear(x, self.weight, None, self.tp, "none", True)
+        else:
+            y = F.linear(x, self.weight)
+        bias: Tensor | None = self.bias
+        if self.sequence_parallel:
+            y = reduce_scatter_to_sequence(y, self.tp)
+            (bias,) = copy_all_to((bias,), self.tp)
+        else:
+            y = reduce_from(y, self.tp)
         if self.skip_bias_add:
-            return y, self.bias
+            return y, bias
         # The cast keeps autocast's low-precision output from being promoted by a float32 bias.
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -195,55 +245,144 @@ class RowParallelLinear(nn.Module):
 
 
 def column_parallel_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallelGroup
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tp: TensorParallelGroup,
+    *,
+    sequence_parallel: bool = False,
+    reduce_input_grad: bool = True,
+    accumulate_main_grad: bool = False,
 ) -> Tensor:
-    """X A_r^T + b_r, with an all-reduce of dX that overlaps dA_r (see ColumnParallelLinear).
+    """X A_r^T + b_r, whose input-gradient collective overlaps dA_r (see ColumnParallelLinear).
 
     Args:
-        x: [..., in], the same on every rank.
+        x: [..., in], the same on every rank; sequence-parallel: [t/tp, ..., in].
         weight: [out/tp, in], this rank's rows.
         bias: [out/tp] or None.
         tp: the ranks that hold the other rows.
+        sequence_parallel: x is gathered along dim 0, and its gradient reduced and scattered.
+        reduce_input_grad: sum the gradient of x over the ranks; False where that happens elsewhere.
+            Sequence parallelism always does.
+        accumulate_main_grad: add the weight gradient to ``weight.main_grad`` (float32; made of
+            zeros at the first backward unless the caller has set it), in the matrix product itself
+            where dtypes and device allow it, else by one addition. It is never overwritten: whoever
+            steps the weight reads and zeroes it. ``weight.grad`` stays None, so what waits for it
+            (DistributedDataParallel, FSDP2) does not see it. torch.compile breaks its graph here.
 
-    Under autocast the three are cast to its dtype first, as F.linear does.
+    Under autocast x, weight and bias are cast to its dtype first, as F.linear does.
     """
+    exchange: _Exchange = "all_reduce" if reduce_input_grad else "none"
+    if sequence_parallel:
+        exchange = "sequence"
+    return _linear(x, weight, bias, tp, exchange, accumulate_main_grad)
+
+
+# What a linear layer does with its input forward and with the gradient of it backward.
+_Exchange = Literal["none", "all_reduce", "sequence"]
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tp: TensorParallelGroup,
+    exchange: _Exchange,
+    accumulate_main_grad: bool,
+) -> Tensor:
+    if exchange == "sequence" and x.ndim < 2:
+        raise ValueError(f"x has shape {list(x.shape)}; expected [t/tp, ..., in]")
+    parameter = weight if accumulate_main_grad else None
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         # Here and not inside the Function: its backward runs outside autocast, and the casts need
         # gradients of their own.
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    return _ColumnParallelLinear.apply(x, weight, bias, tp)
+    if tp.size == 1:
+        exchange = "none"
+    if parameter is not None:
+        return _linear_with_main_grad(x, weight, bias, tp, exchange, parameter)
+    return _Linear.apply(x, weight, bias, tp, exchange, None)
 
 
-class _ColumnParallelLinear(torch.autograd.Function):
+@torch.compiler.disable
+def _linear_with_main_grad(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tp: TensorParallelGroup,
+    exchange: _Exchange,
+    parameter: Tensor,
+) -> Tensor:
+    # The compiler does not trace a backward that writes to an attribute of a parameter.
+    return _Linear.apply(x, weight, bias, tp, exchange, parameter)
+
+
+class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallelGroup
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tp: TensorParallelGroup,
+        exchange: _Exchange,
+        parameter: Tensor | None,
     ) -> Tensor:
         needs_x, needs_weight = ctx.needs_input_grad[:2]
-        ctx.tp = tp
+        ctx.tp, ctx.exchange, ctx.parameter = tp, exchange, parameter
         ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        return F.linear(x, weight, bias)
+        return F.linear(all_gather(x, tp) if exchange == "sequence" else x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        gathers = ctx.exchange == "sequence" and needs_weight
+        reduces = ctx.exchange != "none" and needs_x
         grad_x = grad_weight = grad_bias = None
         grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
+        if gathers:
+            x = start_all_gather(x, ctx.tp)
         if needs_x:
             grad_x = grad_y.matmul(weight)
-            if ctx.tp.size > 1:
-                grad_x = start_all_reduce(grad_x, ctx.tp)
+        if gathers:
+            x = wait(x)
+        if reduces:
+            start = start_all_reduce if ctx.exchange == "all_reduce" else start_reduce_scatter
+            grad_x = start(grad_x, ctx.tp)
         if needs_weight:
-            grad_weight = grad_rows.t().mm(x.reshape(-1, x.shape[-1]))
+            rows = x.reshape(-1, x.shape[-1])
+            if ctx.parameter is None:
+                grad_weight = grad_rows.t().mm(rows)
+            else:
+                _add_product(_main_grad(ctx.parameter), grad_rows.t(), rows)
         if needs_bias:
             grad_bias = grad_rows.sum(0)
-        if grad_x is not None and ctx.tp.size > 1:
+        if reduces:
             grad_x = wait(grad_x)
-        return grad_x, grad_weight, grad_bias, None
+        return grad_x, grad_weight, grad_bias, None, None, None
+
+
+def _main_grad(parameter: Tensor) -> Tensor:
+    main_grad = getattr(parameter, "main_grad", None)
+    if main_grad is None:
+        main_grad = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+        parameter.main_grad = main_grad  # type: ignore[attr-defined]
+    return main_grad
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds a b to total, in place."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda and total.dtype == torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        # The CPU has no product of half-precision operands with a float32 result.
+        total.add_(a.mm(b))
 
 
 def _reset_linear(
