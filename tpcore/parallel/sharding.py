@@ -93,7 +93,7 @@ def shard_shape(
     parts = num_parts(sharding)
     if shape[dim] % parts:
         raise ValueError(
-            f"{name} of shape {shape} cannot be {_blocks_in_words(parts)}: dim {dim} has "
+            f"{name} of shape {shape} cannot be {_in_words(parts, 'all ')}: dim {dim} has "
             f"{shape[dim]} entries, which {parts} does not divide"
         )
     shape[dim] = parts * divide(shape[dim] // parts, size, f"dim {dim} of {name}")
@@ -166,7 +166,7 @@ def unshard(shards: Sequence[Tensor], sharding: Sharding, *, name: str = "tensor
     dim = sharding.dim
     if shards[0].shape[dim] % parts:
         raise ValueError(
-            f"{name}: a shard of shape {list(shards[0].shape)} cannot be {_blocks_in_words(parts)}:"
+            f"{name}: a shard of shape {list(shards[0].shape)} cannot be {_in_words(parts)}:"
             f" {parts} does not divide dim {dim}"
         )
     pieces = [piece.chunk(parts, dim) for piece in shards]
@@ -211,8 +211,9 @@ def sharding_table(module: nn.Module) -> dict[str, Sharding]:
     return table
 
 
-def _blocks_in_words(parts: int) -> str:
-    return "[all q | all k | all v]" if parts == _QKV_PARTS else f"{parts} blocks"
+def _in_words(parts: int, every: str = "") -> str:
+    qkv = f"[{every}q | {every}k | {every}v]"
+    return qkv if parts == _QKV_PARTS else f"{parts} equal blocks"
 
 
 def _bit_equal(a: Tensor, b: Tensor) -> bool:
