@@ -23,8 +23,9 @@ from tpcore.models.config import BertConfig
 from tpcore.models.heads import build_head
 from tpcore.parallel.group import TensorParallelGroup
 from tpcore.tasks import DataError, Dataset, Task, task_class
+from tpcore.tasks.settings import DataConfig
 from tpcore.tokenizer import WordPieceTokenizer
-from tpcore.train.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from tpcore.train.config import ConfigError, ModelConfig, TrainConfig
 from tpcore.train.launch import check_num_threads
 from tpcore.train.run_state import check_writable, run_path
 from tpcore.train.schedule import Schedule
@@ -117,20 +118,20 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
             f"{encoder.max_position_embeddings} positions; use at most that"
         )
 
-    if not model.train_ds.file_path:
-        raise ConfigError(
-            "no value for model.train_ds.file_path; pass model.train_ds.file_path=..."
-        )
-    task = task_class(config.task).create(model, tokenizer, model.train_ds.file_path)
+    source = model.source("train_ds")
+    if source is None:
+        key = f"model.train_ds.{model.file_key}"
+        raise ConfigError(f"no value for {key}; pass {key}=...")
+    task = task_class(config.task).create(model, tokenizer, source)
     if task.head_name == "sequence_classification" and overrides.get("add_pooler") is False:
         raise ConfigError(
             "model.language_model.config has add_pooler=False, but a classifier works "
             "on the pooler; remove it"
         )
-    train = _load(task, model.train_ds, "train_ds")
+    train = _load(task, model, "train_ds")
     assert train is not None
-    validation = _load(task, model.validation_ds, "validation_ds")
-    test = _load(task, model.test_ds, "test_ds")
+    validation = _load(task, model, "validation_ds")
+    test = _load(task, model, "test_ds")
 
     batches = math.ceil(len(train.examples) / model.train_ds.batch_size)
     steps_per_epoch = math.ceil(batches / config.trainer.accumulate_grad_batches)
@@ -307,12 +308,14 @@ def _check_sizes(sizes: Mapping[str, Any], config: BertConfig, path: Path) -> No
             )
 
 
-def _load(task: Task, data: DataConfig, part: str) -> Dataset | None:
-    if not data.file_path:
+def _load(task: Task, model: ModelConfig, part: str) -> Dataset | None:
+    source = model.source(part)
+    if source is None:
         return None
-    dataset = task.load(data.file_path, num_samples=data.num_samples)
+    data: DataConfig = getattr(model, part)
+    dataset = task.load(source, num_samples=data.num_samples)
     if not dataset.examples:
-        raise DataError(f"{data.file_path} (model.{part}.file_path) holds no examples")
+        raise DataError(f"{dataset.source} (model.{part}) holds no examples")
     return dataset
 
 
