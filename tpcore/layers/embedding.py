@@ -80,6 +80,10 @@ class VocabParallelEmbedding(nn.Module):
         """Rows are split."""
         return {"weight": Sharded(0)}
 
+    def own_unpadded_sizes(self) -> dict[str, int]:
+        """Rows that stand for an id; the others fill up the split (tpcore.checkpoint.sharded)."""
+        return {"weight": self.num_embeddings}
+
     def forward(self, ids: Tensor) -> Tensor:
         """Ids, an integer tensor [...], -> [..., h]; sequence-parallel [t, ...] -> [t/tp, ..., h].
 

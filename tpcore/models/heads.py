@@ -104,6 +104,9 @@ class _MaskedLMHead(nn.Module):
     def own_sharding(self) -> dict[str, Sharding]:
         return {"bias": Sharded(0)}
 
+    def own_unpadded_sizes(self) -> dict[str, int]:
+        return {"bias": self.num_classes}
+
     def forward(self, x: Tensor, word_embeddings: VocabParallelEmbedding) -> Tensor:
         """Logits of this rank's columns, `[t, v/tp]`."""
         x = F.linear(x, self.dense.weight)
