@@ -16,6 +16,7 @@ from tpcore.checkpoint.errors import CheckpointError
 from tpcore.checkpoint.info import CheckpointInfo
 from tpcore.checkpoint.state import CanonicalState, Source
 from tpcore.checkpoint.unpickle import check_records
+from tpcore.layers.block import ActivationCheckpointing
 from tpcore.models.bert import BertModel
 from tpcore.parallel.group import TensorParallelGroup
 
@@ -33,6 +34,9 @@ def load(
     head_kwargs: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    sequence_parallel: bool = False,
+    activation_checkpointing: ActivationCheckpointing = None,
+    accumulate_main_grad: bool = False,
     **config_overrides: Any,
 ) -> BertModel:
     """Load a checkpoint of any format and any tensor-parallel size into a model of `tp`'s size.
@@ -51,6 +55,9 @@ def load(
         head_kwargs: further arguments of the head (dropout, regression, binary).
         device: where the parameters live; None: the CPU.
         dtype: of the parameters; None: torch's default dtype, whatever the file's is.
+        sequence_parallel: see `BertModel`; so are the next two.
+        activation_checkpointing: None, "full" or "selective".
+        accumulate_main_grad: weight gradients go to `weight.main_grad`.
         config_overrides: fields of `BertConfig` that replace what the file says (`gelu`,
             `hidden_dropout`, `attention_dropout`, `vocab_size` for a file that only knows its
             padded size, `num_attention_heads` for one that does not say it, ...).
@@ -70,6 +77,11 @@ def load(
         head_kwargs=head_kwargs,
         device=device,
         dtype=dtype,
+        model_options={
+            "sequence_parallel": sequence_parallel,
+            "activation_checkpointing": activation_checkpointing,
+            "accumulate_main_grad": accumulate_main_grad,
+        },
     )
 
 
