@@ -20,25 +20,19 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tpcore.layers.initialization import InitMethod, draw_whole_then_shard
+from tpcore.layers.linear_function import column_parallel_linear, linear
 from tpcore.parallel.collectives import (
-    all_gather,
     copy_all_to,
     gather_from,
     reduce_from,
     reduce_scatter_to_sequence,
     scatter_to,
-    start_all_gather,
-    start_all_reduce,
-    start_reduce_scatter,
-    wait,
 )
 from tpcore.parallel.group import TensorParallelGroup, divide
 from tpcore.parallel.sharding import Replicated, Sharded, Sharding
@@ -71,7 +65,7 @@ class ColumnParallelLinear(nn.Module):
             and bias are drawn as torch.nn.Linear draws them.
         sequence_parallel: X holds this rank's share of dim 0.
         accumulate_main_grad: the backward adds the weight gradient to ``weight.main_grad`` and
-            leaves ``weight.grad`` None (see ``column_parallel_linear``).
+            leaves ``weight.grad`` None (see ``linear_function.linear``).
 
     Raises:
         ValueError: the group's size does not divide ``out_features``.
@@ -109,7 +103,7 @@ class ColumnParallelLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw weight and bias whole, then keep this rank's rows."""
-        _reset_linear(self, Sharded(0), Sharded(0))
+        _reset_linear(self)
 
     def own_sharding(self) -> dict[str, Sharding]:
         """Rows of the weight and of the bias are split."""
@@ -167,7 +161,7 @@ class RowParallelLinear(nn.Module):
             all-reduce; dim 0 of X must be a multiple of the group's size. The gradient of the bias,
             which sees that share only, is summed over the ranks.
         accumulate_main_grad: the backward adds the weight gradient to ``weight.main_grad`` and
-            leaves ``weight.grad`` None (see ``column_parallel_linear``).
+            leaves ``weight.grad`` None (see ``linear_function.linear``).
 
     Raises:
         ValueError: the group's size does not divide ``in_features``.
@@ -206,7 +200,7 @@ class RowParallelLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw weight and bias whole, then keep this rank's columns (and the whole bias)."""
-        _reset_linear(self, Sharded(1), Replicated())
+        _reset_linear(self)
 
     def own_sharding(self) -> dict[str, Sharding]:
         """Columns of the weight are split; the bias is replicated."""
@@ -222,10 +216,7 @@ class RowParallelLinear(nn.Module):
         else:
             _check_last_dim(x, self.in_features, "in_features")
             x = scatter_to(x, self.tp)
-        if self.accumulate_main_grad:
-            y = _linear(x, self.weight, None, self.tp, "none", True)
-        else:
-            y = F.linear(x, self.weight)
+        y = linear(x, self.weight, accumulate_main_grad=self.accumulate_main_grad)
         bias: Tensor | None = self.bias
         if self.sequence_parallel:
             y = reduce_scatter_to_sequence(y, self.tp)
@@ -244,150 +235,7 @@ class RowParallelLinear(nn.Module):
         )
 
 
-def column_parallel_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tp: TensorParallelGroup,
-    *,
-    sequence_parallel: bool = False,
-    reduce_input_grad: bool = True,
-    accumulate_main_grad: bool = False,
-) -> Tensor:
-    """X A_r^T + b_r, whose input-gradient collective overlaps dA_r (see ColumnParallelLinear).
-
-    Args:
-        x: [..., in], the same on every rank; sequence-parallel: [t/tp, ..., in].
-        weight: [out/tp, in], this rank's rows.
-        bias: [out/tp] or None.
-        tp: the ranks that hold the other rows.
-        sequence_parallel: x is gathered along dim 0, and its gradient reduced and scattered.
-        reduce_input_grad: sum the gradient of x over the ranks; False where that happens elsewhere.
-            Sequence parallelism always does.
-        accumulate_main_grad: add the weight gradient to ``weight.main_grad`` (float32; made of
-            zeros at the first backward unless the caller has set it), in the matrix product itself
-            where dtypes and device allow it, else by one addition. It is never overwritten: whoever
-            steps the weight reads and zeroes it. ``weight.grad`` stays None, so what waits for it
-            (DistributedDataParallel, FSDP2) does not see it. torch.compile breaks its graph here.
-
-    Under autocast x, weight and bias are cast to its dtype first, as F.linear does.
-    """
-    exchange: _Exchange = "all_reduce" if reduce_input_grad else "none"
-    if sequence_parallel:
-        exchange = "sequence"
-    return _linear(x, weight, bias, tp, exchange, accumulate_main_grad)
-
-
-# What a linear layer does with its input forward and with the gradient of it backward.
-_Exchange = Literal["none", "all_reduce", "sequence"]
-
-
-def _linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tp: TensorParallelGroup,
-    exchange: _Exchange,
-    accumulate_main_grad: bool,
-) -> Tensor:
-    if exchange == "sequence" and x.ndim < 2:
-        raise ValueError(f"x has shape {list(x.shape)}; expected [t/tp, ..., in]")
-    parameter = weight if accumulate_main_grad else None
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        # Here and not inside the Function: its backward runs outside autocast, and the casts need
-        # gradients of their own.
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    if tp.size == 1:
-        exchange = "none"
-    if parameter is not None:
-        return _linear_with_main_grad(x, weight, bias, tp, exchange, parameter)
-    return _Linear.apply(x, weight, bias, tp, exchange, None)
-
-
-@torch.compiler.disable
-def _linear_with_main_grad(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tp: TensorParallelGroup,
-    exchange: _Exchange,
-    parameter: Tensor,
-) -> Tensor:
-    # The compiler does not trace a backward that writes to an attribute of a parameter.
-    return _Linear.apply(x, weight, bias, tp, exchange, parameter)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        tp: TensorParallelGroup,
-        exchange: _Exchange,
-        parameter: Tensor | None,
-    ) -> Tensor:
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        ctx.tp, ctx.exchange, ctx.parameter = tp, exchange, parameter
-        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        return F.linear(all_gather(x, tp) if exchange == "sequence" else x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        gathers = ctx.exchange == "sequence" and needs_weight
-        reduces = ctx.exchange != "none" and needs_x
-        grad_x = grad_weight = grad_bias = None
-        grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
-        if gathers:
-            x = start_all_gather(x, ctx.tp)
-        if needs_x:
-            grad_x = grad_y.matmul(weight)
-        if gathers:
-            x = wait(x)
-        if reduces:
-            start = start_all_reduce if ctx.exchange == "all_reduce" else start_reduce_scatter
-            grad_x = start(grad_x, ctx.tp)
-        if needs_weight:
-            rows = x.reshape(-1, x.shape[-1])
-            if ctx.parameter is None:
-                grad_weight = grad_rows.t().mm(rows)
-            else:
-                _add_product(_main_grad(ctx.parameter), grad_rows.t(), rows)
-        if needs_bias:
-            grad_bias = grad_rows.sum(0)
-        if reduces:
-            grad_x = wait(grad_x)
-        return grad_x, grad_weight, grad_bias, None, None, None
-
-
-def _main_grad(parameter: Tensor) -> Tensor:
-    main_grad = getattr(parameter, "main_grad", None)
-    if main_grad is None:
-        main_grad = torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
-        parameter.main_grad = main_grad  # type: ignore[attr-defined]
-    return main_grad
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Adds a b to total, in place."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda and total.dtype == torch.float32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        # The CPU has no product of half-precision operands with a float32 result.
-        total.add_(a.mm(b))
-
-
-def _reset_linear(
-    layer: ColumnParallelLinear | RowParallelLinear, weight: Sharding, bias: Sharding
-) -> None:
+def _reset_linear(layer: ColumnParallelLinear | RowParallelLinear) -> None:
     # torch.nn.Linear: kaiming_uniform_(a=sqrt(5)), and a bias uniform within 1/sqrt(in).
     init_weight = layer.init_method or partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
     bound = 1 / math.sqrt(layer.in_features) if layer.in_features else 0.0
@@ -395,9 +243,11 @@ def _reset_linear(
         nn.init.zeros_ if layer.init_method else partial(nn.init.uniform_, a=-bound, b=bound)
     )
     shape = (layer.out_features, layer.in_features)
-    draw_whole_then_shard(layer.weight, shape, weight, layer.tp, init_weight)
+    shardings = layer.own_sharding()
+    draw_whole_then_shard(layer.weight, shape, shardings["weight"], layer.tp, init_weight)
     if layer.bias is not None:
-        draw_whole_then_shard(layer.bias, shape[:1], bias, layer.tp, init_bias)
+        sharding = shardings.get("bias", Replicated())
+        draw_whole_then_shard(layer.bias, shape[:1], sharding, layer.tp, init_bias)
 
 
 def _check_last_dim(x: Tensor, expected: int, meaning: str) -> None:
