@@ -28,8 +28,11 @@ DTYPES = {
 
 
 def by_backends(*names: str) -> pytest.MarkDecorator:
-    """Runs a test on those of the backends that serve DEVICE, and on triton where it does."""
-    names = tuple(name for name in names if name in (DEVICE, "reference"))
+    """Runs a test on these backends, and on triton where it serves DEVICE.
+
+    "cpu" stands for the compiled kernels of DEVICE.
+    """
+    names = tuple(DEVICE if name == "cpu" else name for name in names)
     return pytest.mark.parametrize("backend", names if refusal(DEVICE) else (*names, "triton"))
 
 
@@ -38,12 +41,12 @@ by_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
 
 def require(backend: str) -> None:
     """Skips where the library was knowingly not built; anything else is a failure later on."""
-    if backend == "cpu":
-        if DEVICE != "cpu":
+    if backend in ("cpu", "cuda"):
+        if DEVICE != backend:
             pytest.skip(f"the tests run on {DEVICE}")
-        status, built = _native.status("cpu"), _native.build_record().get("cpu", {})
+        status, built = _native.status(backend), _native.build_record().get(backend, {})
         if not status.loaded and not built.get("built", False):
-            pytest.skip(f"no compiled CPU library: {status.reason}")
+            pytest.skip(f"no compiled library: {status.reason}")
 
 
 def run(op: str, backend: str, function: Callable, *args, **kwargs):
@@ -91,6 +94,12 @@ def compare(ours: Callable, plain: Callable, inputs: Sequence[Tensor | None]) ->
     ]
     for number, (y, t, e) in enumerate(zip(*everything, strict=True)):
         assert_as_accurate_as_torch(y, t, e, f"gradient {number}")
+
+
+def assert_same(backend: str, a: Tensor, b: Tensor) -> None:
+    """Equal bit for bit, but for the reference off the CPU: torch's order of summation is its own."""
+    bits = DEVICE == "cpu" or backend != "reference"
+    torch.testing.assert_close(a, b, **({"rtol": 0, "atol": 0} if bits else {}))
 
 
 def assert_grad_not_modified(function: Callable, *inputs: Tensor | None) -> None:

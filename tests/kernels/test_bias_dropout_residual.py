@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.harness import (
+    DEVICE,
     assert_grad_not_modified,
     assert_same_bits_for_any_threads,
     by_backends,
@@ -196,14 +197,14 @@ def test_compiles_to_one_graph(backend, p):
 def test_autocast_changes_nothing(backend):
     x, bias, residual = _inputs((5, 16), (torch.bfloat16, torch.float32))
     outside = run(OP, backend, bias_dropout_residual, x, bias, residual)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         inside = run(OP, backend, bias_dropout_residual, x, bias, residual)
     assert inside.dtype == torch.bfloat16
     assert torch.equal(inside, outside)
 
 
 def test_frozen_inputs_cost_nothing():
-    require("cpu")
+    require(DEVICE)
     backward = torch.ops.tpcore.bias_dropout_residual_backward
     for needs in ((True, False), (False, True)):
         grads = backward(torch.randn(40, 8), 0.5, SEED, 0, _row_ids(40), 0, *needs)
@@ -222,7 +223,7 @@ def test_bits_do_not_depend_on_threads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 50])
 def test_opcheck(dtype, rows):
-    require("cpu")
+    require(DEVICE)
     ops = torch.ops.tpcore
     x, bias, residual = _inputs((rows, 19), (dtype, torch.float32))
     strided = torch.randn(rows, 40)[:, 4:23].to(dtype)

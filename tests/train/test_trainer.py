@@ -87,7 +87,7 @@ def test_starts_from_a_checkpoint_and_its_vocabulary(folder: Path) -> None:
     )
     job = prepare(config)
     assert job.encoder.vocab_size == len(tiny.VOCABULARY)
-    model = build_model(job, SINGLE[0], torch.device("cpu"))
+    model = build_model(job, SINGLE[0], torch.get_default_device())
     torch.manual_seed(0)
     expected = tiny.BertModel(tiny.CONFIG).state_dict()
     for name, tensor in model.state_dict().items():

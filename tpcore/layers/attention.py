@@ -74,7 +74,7 @@ class PackedSequences:
 
         Args:
             lengths: tokens of each sequence, in packed order.
-            device: where the index tensors live.
+            device: where the index tensors live; None: torch's default device.
 
         Raises:
             ValueError: there is no sequence, or one has no token.
@@ -87,6 +87,7 @@ class PackedSequences:
                 f"lengths[{sizes.index(min(sizes))}]={min(sizes)}; expected sequences of one or "
                 "more tokens: leave empty ones out"
             )
+        device = torch.get_default_device() if device is None else device
         ends = torch.tensor((0, *sizes), device="cpu").cumsum(0)
         return cls(ends.to(device=device, dtype=torch.int32), sizes)
 

@@ -186,7 +186,7 @@ def pack_sequences(
         input_ids: one list of ids for each sequence, none of them empty.
         token_type_ids: lists of the same lengths; None: zeros.
         sample_ids: one integer for each sequence, its name in the dropout key; None: 0, 1, ...
-        device: where the packed tensors live.
+        device: where the packed tensors live; None: torch's default device.
         pad_to_multiple: as in ``pack``.
 
     Raises:
@@ -217,7 +217,7 @@ def pack_sequences(
         token_type_ids=flat_types.to(device),
         position_ids=positions.to(device),
         row_ids=row_ids.to(device),
-        sequences=PackedSequences.from_lengths(lengths, torch.device(device or "cpu")),
+        sequences=PackedSequences.from_lengths(lengths, device),
     ).padded_to(pad_to_multiple)
 
 

@@ -286,7 +286,15 @@ def _transport(x: Tensor, group: ParallelGroup, *, reduces: bool = False) -> Any
         channel = shared_memory.channel_of(group)
         if channel is not None:
             return channel
+    if x.is_cuda and not torch.compiler.is_compiling() and _is_gloo(group):
+        return _Staged(group)
     return _Functional(group)
+
+
+def _is_gloo(group: ParallelGroup) -> bool:
+    """Whether gloo is in charge of CUDA tensors: ranks share a GPU, which NCCL refuses."""
+    assert group.process_group is not None
+    return group.process_group._get_backend(torch.device("cuda")).name() == "gloo"
 
 
 class _Functional:
@@ -321,6 +329,36 @@ class _Functional:
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         return wait(torch.ops._c10d_functional.broadcast(x.contiguous(), source, self._name))
+
+
+class _Staged:
+    """CUDA tensors by way of host memory: of all collectives, gloo itself knows but some that way."""
+
+    def __init__(self, group: ParallelGroup) -> None:
+        self._group = group
+
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
+        host = x.cpu()
+        return _transport(host, self._group, reduces=True).all_reduce(host, op).to(x.device)
+
+    def all_reduce_in_place(self, x: Tensor, op: str) -> None:
+        x.copy_(self.all_reduce(x, op))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        host = x.cpu()
+        return _transport(host, self._group).all_gather(host).to(x.device)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        host = x.cpu()
+        return _transport(host, self._group, reduces=True).reduce_scatter(host).to(x.device)
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        host = x.cpu()
+        return _transport(host, self._group).broadcast(host, source).to(x.device)
+
+    # Done when they return: `wait` finds nothing to wait for.
+    start_all_reduce, start_all_gather = all_reduce, all_gather
+    start_reduce_scatter = reduce_scatter
 
 
 class _Traced:
