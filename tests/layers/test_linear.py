@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers.ranks import run_ranks
 from tests.layers.twins import check_against_twin
-from tpcore.layers import linear
+from tpcore.layers import linear_function
 from tpcore.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tpcore.parallel.collectives import all_reduce
 from tpcore.parallel.group import TensorParallelGroup
@@ -107,16 +107,16 @@ def test_any_leading_dimensions(leading):
 
 
 def _check_without_the_all_reduce(tp):
-    linear.start_all_reduce = lambda x, group: x.clone()
+    linear_function.start_all_reduce = lambda x, group: x.clone()
     try:
         with pytest.raises(AssertionError, match="gradient of the input on rank"):
             _check_column(tp, torch.float32, {})
     finally:
-        linear.start_all_reduce = linear_start_all_reduce
+        linear_function.start_all_reduce = original_start_all_reduce
     _check_column(tp, torch.float32, {})
 
 
-linear_start_all_reduce = linear.start_all_reduce
+original_start_all_reduce = linear_function.start_all_reduce
 
 
 def test_the_twin_notices_a_missing_all_reduce():

@@ -282,7 +282,8 @@ class _ReduceScatterToSequence(torch.autograd.Function):
 def _transport(x: Tensor, group: ParallelGroup, *, reduces: bool = False) -> Any:
     if x.device.type == "cpu" and (not reduces or x.dtype in shared_memory.REDUCED_DTYPES):
         if torch.compiler.is_compiling():
-            return _Traced(group)
+            # One rank that says no is enough, so this one need not ask the others.
+            return _Functional(group) if group.shared_memory is False else _Traced(group)
         channel = shared_memory.channel_of(group)
         if channel is not None:
             return channel
