@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from tpcore.checkpoint import folders, huggingface, megatron, megatron_files
+from tpcore.checkpoint import folders, huggingface, megatron, megatron_files, registry
 from tpcore.checkpoint.build import AUTO, build_model, override_config, state_from_model
 from tpcore.checkpoint.errors import CheckpointError
 from tpcore.checkpoint.info import CheckpointInfo
@@ -45,7 +45,8 @@ def load(
 
     Args:
         path: a Megatron-LM directory (its root, an iteration, or one file) or a Hugging Face
-            folder. Which one it is shows in its content.
+            folder. Which one it is shows in its content. If nothing is there, the name of a
+            released encoder (`tpcore.checkpoint.registry`), downloaded once.
         tp: the tensor-parallel group; None: a single process.
         head: "auto" builds the head that the file holds, if any; None leaves it out; a name
             (`tpcore.models.heads.HEADS`) builds that one, newly initialised if the file has
@@ -209,7 +210,8 @@ def convert(
 
 def _read(path: Path, qkv_layout: str | None, overrides: Mapping[str, Any]) -> CanonicalState:
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or directory")
+        overrides = {**registry.known_facts(path), **overrides}
+        path = registry.locate(path)
     if huggingface.recognise(path):
         if qkv_layout is not None:
             raise CheckpointError(

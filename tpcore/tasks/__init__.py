@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tpcore.tasks.task import DataError, Dataset, Example, Task, TaskBatch
     from tpcore.tasks.text_classification import TextClassification
+    from tpcore.tasks.token_classification import TokenClassification
 
 # Public name -> the module that it is an attribute of.
 _HOMES = {
@@ -21,6 +22,7 @@ _HOMES = {
     "Task": "task",
     "TaskBatch": "task",
     "TextClassification": "text_classification",
+    "TokenClassification": "token_classification",
 }
 
 __all__ = [
@@ -31,11 +33,13 @@ __all__ = [
     "Task",
     "TaskBatch",
     "TextClassification",
+    "TokenClassification",
     "task_class",
 ]
 
 TASKS = {
     "text_classification": "TextClassification",
+    "token_classification": "TokenClassification",
 }
 """The name that a configuration's `task:` has -> the class."""
 

@@ -275,6 +275,10 @@ class TokenClassificationSections(TaskSections):
         | {"label_ids": "set model.class_labels.class_labels_file"}
     )
 
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {"trainer.max_epochs": 5, "model.optim.sched.warmup_ratio": 0.1}
+    )
+
     dataset: TokenDatasetConfig = field(default_factory=TokenDatasetConfig)
     class_labels: ClassLabelsConfig = field(default_factory=ClassLabelsConfig)
     train_ds: TrainTokenFileConfig = field(default_factory=TrainTokenFileConfig)
@@ -319,5 +323,6 @@ class TokenClassificationSections(TaskSections):
 
 SECTIONS: dict[str, type[TaskSections]] = {
     "text_classification": TextClassificationSections,
+    "token_classification": TokenClassificationSections,
 }
 """By the name that a configuration's `task:` has."""

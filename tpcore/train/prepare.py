@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from tpcore import checkpoint
+from tpcore.checkpoint import registry
 from tpcore.checkpoint.state import check_tensor_parallel_size, check_vocabulary
 from tpcore.models.bert import BertModel
 from tpcore.models.config import BertConfig
@@ -24,7 +25,7 @@ from tpcore.models.heads import build_head
 from tpcore.parallel.group import TensorParallelGroup
 from tpcore.tasks import DataError, Dataset, Task, task_class
 from tpcore.tasks.settings import DataConfig
-from tpcore.tokenizer import WordPieceTokenizer
+from tpcore.tokenizer import SHIPPED, WordPieceTokenizer
 from tpcore.train.config import ConfigError, ModelConfig, TrainConfig
 from tpcore.train.launch import check_num_threads
 from tpcore.train.run_state import check_writable, run_path
@@ -215,6 +216,7 @@ def checkpoint_path(model: ModelConfig) -> Path | None:
 
     Raises:
         ConfigError: nothing says what the encoder is.
+        CheckpointError: it is named, but neither there nor to be downloaded.
     """
     language_model = model.language_model
     if language_model.lm_checkpoint:
@@ -227,12 +229,7 @@ def checkpoint_path(model: ModelConfig) -> Path | None:
         return path
     name = language_model.pretrained_model_name
     if name:
-        if Path(name).exists():
-            return Path(name)
-        raise ConfigError(
-            f"model.language_model.pretrained_model_name={name!r} is no folder here, and tpcore "
-            "downloads nothing: get its checkpoint and pass model.language_model.lm_checkpoint=..."
-        )
+        return registry.locate(name)
     if language_model.config_file or language_model.config:
         return None
     raise ConfigError(
@@ -274,7 +271,7 @@ def encoder_overrides(model: ModelConfig) -> dict[str, Any]:
 
 
 def find_tokenizer(model: ModelConfig, path: Path | None) -> WordPieceTokenizer:
-    """The tokenizer of the configuration, else the one that lies beside the checkpoint.
+    """The tokenizer of the configuration, else the one beside the checkpoint, else by name.
 
     Raises:
         ConfigError: there is none.
@@ -291,10 +288,17 @@ def find_tokenizer(model: ModelConfig, path: Path | None) -> WordPieceTokenizer:
     for place in [folder, *list(folder.parents)[:2]] if folder else []:
         if (place / "vocab.txt").is_file() or (place / "tokenizer.json").is_file():
             return WordPieceTokenizer.from_file(place, lowercase=lowercase)
+    for name in (settings.tokenizer_name, model.language_model.pretrained_model_name):
+        if name and name in SHIPPED:
+            return WordPieceTokenizer.from_name(name, lowercase=lowercase)
+        vocabulary = name and registry.fetch_vocabulary(name)
+        if vocabulary:
+            return WordPieceTokenizer.from_file(vocabulary, lowercase=lowercase)
     beside = f" and none lies beside {path}" if path is not None else ""
     raise ConfigError(
         f"no vocabulary: model.tokenizer.vocab_file is null{beside}; pass "
-        "model.tokenizer.vocab_file=..."
+        "model.tokenizer.vocab_file=..., or as model.tokenizer.tokenizer_name one of "
+        f"{', '.join(SHIPPED)}"
     )
 
 
