@@ -38,8 +38,8 @@ class Golden:
         return self._tensors("expected.pt")
 
     def _tensors(self, name: str) -> dict[str, torch.Tensor]:
-        device = torch.get_default_device()
-        return torch.load(self.folder / name, weights_only=True, map_location=device)
+        tensors = torch.load(self.folder / name, weights_only=True)
+        return {key: value.to(torch.get_default_device()) for key, value in tensors.items()}
 
 
 def committed() -> list[Golden]:

@@ -8,13 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.device import DEVICE
 from tests.helpers.numerics import assert_as_accurate_as_torch
 from tpcore import _native
 from tpcore.kernels import record_backends, use_backend
 from tpcore.kernels.triton import refusal
-
-# "cpu", unless TPCORE_TEST_DEVICE says otherwise (see conftest.py).
-DEVICE = torch.get_default_device().type
 
 # (dtype of x, dtype of the parameters)
 DTYPES = {
@@ -42,7 +40,7 @@ by_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
 def require(backend: str) -> None:
     """Skips where the library was knowingly not built; anything else is a failure later on."""
     if backend in ("cpu", "cuda"):
-        if DEVICE != backend:
+        if backend != DEVICE:
             pytest.skip(f"the tests run on {DEVICE}")
         status, built = _native.status(backend), _native.build_record().get(backend, {})
         if not status.loaded and not built.get("built", False):
@@ -97,7 +95,7 @@ def compare(ours: Callable, plain: Callable, inputs: Sequence[Tensor | None]) ->
 
 
 def assert_same(backend: str, a: Tensor, b: Tensor) -> None:
-    """Equal bit for bit, but for the reference off the CPU: torch's order of summation is its own."""
+    """Equal bit for bit, but for the reference off the CPU: torch sums in any order."""
     bits = DEVICE == "cpu" or backend != "reference"
     torch.testing.assert_close(a, b, **({"rtol": 0, "atol": 0} if bits else {}))
 

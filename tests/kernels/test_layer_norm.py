@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from tests.kernels.harness import (
     DEVICE,
-    assert_same,
     assert_grad_not_modified,
+    assert_same,
     assert_same_bits_for_any_threads,
     by_backends,
     by_dtype,
@@ -83,7 +83,7 @@ def test_one_column(backend, dtypes):
     x, weight, bias = leaves(*_inputs((6, 1), dtypes))
     y = run("layer_norm", backend, layer_norm, x, weight, bias)
     y.sum().backward()
-    # The mean of one number is that number; torch's own may be off by a rounding, times 1 / sqrt(eps).
+    # The mean of one number is that number; torch may be off by a rounding, times 1 / sqrt(eps).
     tolerance = 1e-4 if backend == "reference" else 0
     torch.testing.assert_close(y, bias.to(x.dtype).expand(6, 1), rtol=0, atol=tolerance)
     assert x.grad.abs().max() < 1e-4  # zero, but for rounding times 1 / sqrt(eps)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.helpers.device import DEVICE, on_the_cpu
 from tests.helpers.ranks import run_ranks
 from tests.layers.twins import check_against_twin
 from tpcore.layers import linear_function
@@ -127,7 +128,7 @@ def _check_initial_values(tp):
     torch.manual_seed(11)
     row = RowParallelLinear(IN, OUT, tp=tp)
     torch.manual_seed(11)
-    plain = nn.Linear(IN, OUT)
+    plain = nn.Linear(IN, OUT, device="cpu").to(DEVICE)
     for name, own in column.named_parameters():
         full = plain.get_parameter(name)
         assert torch.equal(own, shard(full, sharding_table(column)[name], tp.rank, tp.size))
@@ -135,7 +136,7 @@ def _check_initial_values(tp):
     assert torch.equal(row.bias, plain.bias)
     assert sharding_table(row) == {"weight": Sharded(1), "bias": Replicated()}
     # Built without memory, then materialised: the same numbers.
-    later = ColumnParallelLinear(IN, OUT, tp=tp, device="meta").to_empty(device="cpu")
+    later = ColumnParallelLinear(IN, OUT, tp=tp, device="meta").to_empty(device=DEVICE)
     torch.manual_seed(11)
     later.reset_parameters()
     assert torch.equal(later.weight, column.weight)
@@ -168,13 +169,13 @@ def _build_pair(tp):
 
 def _check_autocast(tp):
     torch.manual_seed(2)
-    plain = _Plain(nn.Linear(IN, OUT), nn.Linear(OUT, IN))
+    plain = _Plain(nn.Linear(IN, OUT, device="cpu"), nn.Linear(OUT, IN, device="cpu")).to(DEVICE)
     ours = _build_pair(tp)
     table = sharding_table(ours)
     results = []
     for module in (ours, plain):
         x = _x(torch.float32, 7).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             y = module(x)
         assert y.dtype == torch.bfloat16
         y.float().pow(2).sum().backward()
@@ -204,6 +205,7 @@ def _check_compiled(tp):
     torch.testing.assert_close(ours, eager)
 
 
+@on_the_cpu
 @pytest.mark.parametrize("size", [1, 2])
 def test_compiles_to_one_graph(size):
     run_ranks(_check_compiled, size)

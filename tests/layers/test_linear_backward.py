@@ -11,6 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.helpers.device import DEVICE
 from tests.helpers.ranks import run_ranks
 from tests.kernels.harness import require
 from tpcore.layers import linear_function
@@ -279,7 +280,7 @@ def _check_main_grad_under_autocast(tp):
     layer, x = _column_and_input(tp, False, accumulate_main_grad=True)
     plain, _ = _column_and_input(tp, False)
     for module in (layer, plain):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             y = module(x)
         assert y.dtype == torch.bfloat16
         y.float().square().sum().backward()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers.device import on_the_cpu
 from tests.helpers.ranks import run_ranks
 from tpcore.parallel import collectives
 from tpcore.parallel.collectives import (
@@ -178,5 +179,6 @@ def _check_compiled(tp):
     assert torch.equal(results[0][1], results[1][1])
 
 
+@on_the_cpu
 def test_compiles_to_one_graph():
     run_ranks(_check_compiled, 2)

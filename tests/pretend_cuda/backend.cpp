@@ -5,19 +5,19 @@
 // same bindings and kernels as on a GPU, the kernels emulated (tests/cuda_emulation).
 //
 // To be preloaded: torch looks for CUDA once, while it is imported.
+#include <ATen/DeviceAccelerator.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/native/Resize.h>
+#include <ATen/ops/_local_scalar_dense_native.h>
+#include <ATen/ops/_reshape_alias_native.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/set_native.h>
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
-#include <ATen/ops/_local_scalar_dense_native.h>
-#include <ATen/ops/_reshape_alias_native.h>
-#include <ATen/DeviceAccelerator.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
@@ -178,8 +178,8 @@ Tensor reshape_alias(const Tensor& self, c10::SymIntArrayRef size, c10::SymIntAr
   return at::native::_reshape_alias(self, C10_AS_INTARRAYREF_SLOW(size),
                                     C10_AS_INTARRAYREF_SLOW(stride));
 }
-Tensor& set_storage(Tensor& self, c10::Storage source, c10::SymInt offset,
-                    c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
+Tensor& set_storage(Tensor& self, c10::Storage source, c10::SymInt offset, c10::SymIntArrayRef size,
+                    c10::SymIntArrayRef stride) {
   self.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(source));
   self.unsafeGetTensorImpl()->set_sizes_and_strides(
       C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), offset.expect_int());
@@ -241,8 +241,8 @@ TORCH_LIBRARY_IMPL(_, CUDA, library) {
 }  // namespace
 
 // What the bindings ask of torch's CUDA library.
-extern "C" __attribute__((visibility("default"))) int32_t aoti_torch_get_current_cuda_stream(
-    int32_t device, void** stream) {
+extern "C" __attribute__((visibility("default"))) int32_t
+aoti_torch_get_current_cuda_stream(int32_t device, void** stream) {
   *stream = nullptr;
   return device != 0;
 }

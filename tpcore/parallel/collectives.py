@@ -333,7 +333,7 @@ class _Functional:
 
 
 class _Staged:
-    """CUDA tensors by way of host memory: of all collectives, gloo itself knows but some that way."""
+    """CUDA tensors by way of host memory: gloo itself knows only some collectives of them."""
 
     def __init__(self, group: ParallelGroup) -> None:
         self._group = group
