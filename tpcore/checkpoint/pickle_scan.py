@@ -37,8 +37,8 @@ from tpcore.checkpoint.pickle_values import (
 MAX_BYTES = 32 * 2**20
 MAX_INSTRUCTIONS = 3_000_000
 MAX_DEPTH = 500
-MAX_TUPLE_COST = 1_000_000
-MAX_TUPLE_KEYS = 1_000
+MAX_TUPLE_COST = 100_000
+MAX_KEY_COST = 100_000
 MAX_LARGE_INTEGERS = 1_000
 
 _MARK = object()
@@ -64,7 +64,7 @@ class PickleScan:
         self.data, self.where, self.names = data, where, names
         self.record_size = record_size
         self.storages: dict[str, tuple[str, int]] = {}
-        self._instructions = self._tuple_keys = self._large_integers = 0
+        self._instructions = self._key_cost = self._large_integers = 0
 
     @property
     def storage_bytes(self) -> int:
@@ -197,8 +197,8 @@ class PickleScan:
             self._fail("it sets an item of what is no dict")
         for key in items[::2]:
             if isinstance(key, Tuple):
-                self._tuple_keys += 1
-                if self._tuple_keys > MAX_TUPLE_KEYS:
+                self._key_cost += key.cost
+                if self._key_cost > MAX_KEY_COST:
                     self._fail("it has too many tuples as keys for a checkpoint")
         self._extend(items)
 

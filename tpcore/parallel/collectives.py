@@ -129,16 +129,16 @@ def copy_to(x: Tensor, tp: TensorParallelGroup) -> Tensor:
 
 
 def copy_all_to(tensors: Sequence[Tensor | None], tp: TensorParallelGroup) -> list[Tensor | None]:
-    """copy_to for several tensors at once; None stays None.
+    """copy_to for several tensors at once; None, and what needs no gradient, stays as it is.
 
     For replicated parameters that see only this rank's share of the tokens: their gradients are
     parts of a sum, which one all-reduce takes for all of them.
     """
-    present = [x for x in tensors if x is not None]
-    if tp.size == 1 or not present:
+    trained = [x for x in tensors if x is not None and x.requires_grad]
+    if tp.size == 1 or not trained:
         return list(tensors)
-    copies = iter(_CopyAllTo.apply(tp, *present))
-    return [None if x is None else next(copies) for x in tensors]
+    copies = iter(_CopyAllTo.apply(tp, *trained))
+    return [x if x is None or not x.requires_grad else next(copies) for x in tensors]
 
 
 def reduce_from(x: Tensor, tp: TensorParallelGroup) -> Tensor:
@@ -212,14 +212,9 @@ class _CopyAllTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = [g for g, need in zip(grads, ctx.needs_input_grad[1:], strict=True) if need]
-        joined = all_reduce(torch.cat([g.reshape(-1) for g in wanted]), ctx.tp)
-        pieces = iter(joined.split([g.numel() for g in wanted]))
-        sums = [
-            next(pieces).view(g.shape).to(g.dtype) if need else None
-            for g, need in zip(grads, ctx.needs_input_grad[1:], strict=True)
-        ]
-        return None, *sums
+        joined = all_reduce(torch.cat([grad.reshape(-1) for grad in grads]), ctx.tp)
+        pieces = joined.split([grad.numel() for grad in grads])
+        return None, *(p.view(g.shape).to(g.dtype) for p, g in zip(pieces, grads, strict=True))
 
 
 class _ReduceFrom(torch.autograd.Function):
