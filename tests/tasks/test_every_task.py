@@ -25,7 +25,7 @@ TASKS = list(tiny_data.WRITERS)
 
 @pytest.mark.parametrize("task", TASKS)
 def test_from_files_to_predictions(task, tmp_path):
-    config = load_config(None, tiny_data.overrides(task, tmp_path))
+    config = load_config(None, tiny_data.overrides(task, tmp_path, trainer__max_epochs=1))
     result = finetune(config)
     monitored = f"val_{task_class(task).monitor.metric}"
     assert monitored in result.best
