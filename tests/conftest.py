@@ -1,9 +1,19 @@
-"""Fixtures that every test may use."""
+"""Fixtures that every test may use, and the device that the tests run on.
+
+TPCORE_TEST_DEVICE=cuda makes that device torch's default one: tensors and modules that a test makes
+without naming a device are there. What is about the CPU says `device="cpu"`.
+"""
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
+
+# Before the test modules are imported: they make tensors, too.
+if os.environ.get("TPCORE_TEST_DEVICE"):
+    torch.set_default_device(os.environ["TPCORE_TEST_DEVICE"])
 
 
 @pytest.fixture(autouse=True)

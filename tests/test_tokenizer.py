@@ -350,3 +350,18 @@ def test_runs_without_torch():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("case", ["cased", "uncased"])
+def test_shipped_vocabularies(case):
+    tokenizer = WordPieceTokenizer.from_name(f"megatron-bert-{case}")
+    ids = (tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id)
+    assert (*ids, tokenizer.mask_id) == (0, 100, 101, 102, 103)
+    assert tokenizer.lowercase == (case == "uncased")
+    assert len(tokenizer.vocabulary) == {"cased": 28996, "uncased": 30522}[case]
+    assert WordPieceTokenizer.from_name(f"bert-large-{case}").vocabulary == tokenizer.vocabulary
+
+
+def test_a_name_without_a_vocabulary():
+    with pytest.raises(ValueError, match=r"'gpt2'; shipped: megatron-bert-uncased, .*vocab\.txt"):
+        WordPieceTokenizer.from_name("gpt2")

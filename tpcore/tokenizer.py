@@ -10,6 +10,7 @@ Special tokens written out in a text, such as "[SEP]", become those tokens, as t
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import warnings
@@ -22,6 +23,13 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCABULARY_FILE = "vocab.txt"
 CONFIG_FILE = "tokenizer_config.json"
 SERIALIZED_FILE = "tokenizer.json"
+SHIPPED_FOLDER = "vocabularies"
+SHIPPED = {
+    f"{name}-{case}": f"bert-base-{case}"
+    for case in ("uncased", "cased")
+    for name in ("megatron-bert", "megatron-bert-345m", "bert-base", "bert-large")
+}
+"""Name of a tokenizer -> its vocabulary in this package."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +125,21 @@ class WordPieceTokenizer:
                 "and removing a line would shift the ids of all that follow"
             )
         return cls._checked(lines, path, lowercase)
+
+    @classmethod
+    def from_name(cls, name: str, *, lowercase: bool | None = None) -> WordPieceTokenizer:
+        """The tokenizer of a released model, from a vocabulary in this package; no download.
+
+        Raises:
+            ValueError: `name` is none of `SHIPPED`.
+        """
+        if name not in SHIPPED:
+            raise ValueError(
+                f"no vocabulary is shipped for the tokenizer {name!r}; shipped: "
+                f"{', '.join(SHIPPED)}; any other needs its vocab.txt"
+            )
+        path = Path(__file__).parent / SHIPPED_FOLDER / f"{SHIPPED[name]}.txt.gz"
+        return cls(gzip.decompress(path.read_bytes()).decode().split(), lowercase=lowercase)
 
     @classmethod
     def from_file(

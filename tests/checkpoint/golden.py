@@ -32,10 +32,14 @@ class Golden:
         return folder if folder.exists() else self.folder / "model"
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        return torch.load(self.folder / "inputs.pt", weights_only=True)
+        return self._tensors("inputs.pt")
 
     def expected(self) -> dict[str, torch.Tensor]:
-        return torch.load(self.folder / "expected.pt", weights_only=True)
+        return self._tensors("expected.pt")
+
+    def _tensors(self, name: str) -> dict[str, torch.Tensor]:
+        tensors = torch.load(self.folder / name, weights_only=True)
+        return {key: value.to(torch.get_default_device()) for key, value in tensors.items()}
 
 
 def committed() -> list[Golden]:

@@ -11,6 +11,10 @@ COMMITTED = golden.committed()
 SHARED = golden.shared()
 
 
+def _load(item, **options):
+    return checkpoint.load(item.checkpoint, device=torch.get_default_device(), **options)
+
+
 def _outputs(model, inputs):
     with torch.no_grad():
         return model.eval()(inputs["tokens"], inputs["padding_mask"], inputs["types"])
@@ -19,13 +23,13 @@ def _outputs(model, inputs):
 def _check_reproduced(tp, folders):
     for folder in folders:
         item = golden.Golden(folder)
-        model = checkpoint.load(item.checkpoint, tp=tp)
+        model = _load(item, tp=tp)
         golden.assert_reproduced(item, _outputs(model, item.inputs()))
 
 
 def _check_tanh(tp, folder):
     item = golden.Golden(folder)
-    model = checkpoint.load(item.checkpoint, tp=tp, gelu="tanh")
+    model = _load(item, tp=tp, gelu="tanh")
     golden.assert_reproduced(item, _outputs(model, item.inputs()), prefix="tanh_gelu.")
 
 
@@ -57,7 +61,7 @@ def test_losses_are_the_recorded_ones(name):
     item = golden.Golden(golden.COMMITTED / name)
     inputs, expected = item.inputs(), item.expected()
     labels = inputs["labels"].masked_fill(inputs["loss_mask"] == 0, -100)
-    model = checkpoint.load(item.checkpoint).eval()
+    model = _load(item).eval()
     arguments = (inputs["tokens"], inputs["padding_mask"], inputs["types"])
     with torch.no_grad():
         lm = model(*arguments, labels=labels).loss
@@ -70,5 +74,5 @@ def test_losses_are_the_recorded_ones(name):
 def test_hidden_states_differ_where_only_the_rows_of_qkv_are_misread():
     """The comparison above would notice a wrong row order."""
     item = golden.Golden(golden.COMMITTED / "ckptv1.0_tp2")
-    model = checkpoint.load(item.checkpoint, qkv_layout="v3")
+    model = _load(item, qkv_layout="v3")
     assert golden.errors_against(item, _outputs(model, item.inputs()))["hidden"] > 0.1

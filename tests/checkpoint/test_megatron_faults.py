@@ -169,14 +169,14 @@ def test_models_that_contain_themselves(tmp_path):
     tree: dict = {"a": torch.ones(1)}
     tree["again"] = tree
     torch.save({"model": tree}, tmp_path / "MegatronBERT.pt")
-    with pytest.raises(CheckpointError, match="nested more than"):
+    with pytest.raises(CheckpointError, match="contains itself"):
         megatron.read(tmp_path)
 
 
 def test_tensors_that_are_not_dense(tmp_path):
     flat = {"lm_head.bias": torch.ones(4).to_sparse()}
     torch.save({"model": flat}, tmp_path / "MegatronBERT.pt")
-    with pytest.raises(CheckpointError, match=r"lm_head\.bias"):
+    with pytest.raises(CheckpointError, match="_rebuild_sparse_tensor"):
         megatron.read(tmp_path)
 
 

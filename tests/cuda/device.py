@@ -73,7 +73,8 @@ def _hash(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
-def _compile(source: Path, flags: list[str], headers: str) -> Path:
+def compile_object(source: Path, flags: list[str], headers: str) -> Path:
+    """The object file of a source; compiled unless it was before, from the same text and flags."""
     target = CACHE / f"{source.stem}_{_hash(source.read_text(), headers, *flags)}.o"
     if not target.exists():
         with tempfile.NamedTemporaryFile(dir=CACHE, suffix=".o") as file:
@@ -83,7 +84,8 @@ def _compile(source: Path, flags: list[str], headers: str) -> Path:
     return target
 
 
-def _headers(*folders: Path) -> str:
+def headers_of(*folders: Path) -> str:
+    """All that the headers in these folders say."""
     files = sorted(f for folder in folders for f in folder.rglob("*.*h"))
     return "\0".join(f"{f.name}\0{f.read_text()}" for f in files)
 
@@ -103,7 +105,7 @@ def build(sanitizer: str, mutation: Mutation | None = None) -> Path:
     checked = [*_FLAGS, *include, *SANITIZERS[sanitizer]]
     unchecked = [*_FLAGS, "-O1", *include, f"-DEMULATION_{sanitizer.upper()}"]
     compiler = subprocess.run([COMPILER, "--version"], capture_output=True, text=True).stdout
-    headers = _headers(KERNELS, EMULATION, ROOT / "csrc/include") + compiler
+    headers = headers_of(KERNELS, EMULATION, ROOT / "csrc/include") + compiler
     jobs = [(source, checked, headers) for source in sorted(KERNELS.glob("*.cu"))]
     jobs += [(EMULATION / name, checked, headers) for name in ("launchers.cpp", "self_test.cpp")]
     jobs += [(EMULATION / "emulation.cpp", unchecked, headers)]
@@ -112,7 +114,7 @@ def build(sanitizer: str, mutation: Mutation | None = None) -> Path:
             jobs = [_mutant(mutation, Path(folder), checked), *jobs]
             jobs = [job for job in jobs if job[0] != KERNELS / jobs[0][0].name]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [str(o) for o in pool.map(lambda job: _compile(*job), jobs)]
+            objects = [str(o) for o in pool.map(lambda job: compile_object(*job), jobs)]
     library = CACHE / f"lib_{_hash(*objects)}.so"
     if not library.exists():
         temporary = f"{library}.{os.getpid()}"
@@ -134,7 +136,7 @@ def _mutant(mutation: Mutation, folder: Path, flags: list[str]) -> tuple[Path, l
     common = folder / "common.cuh"
     others = r"return [^;]*Types<(double|BFloat16|Float16),[^;]*;"
     common.write_text(re.sub(others, "break;", common.read_text()))
-    return folder / mutation.kernels, [*flags, "-Wno-error"], _headers(folder)
+    return folder / mutation.kernels, [*flags, "-Wno-error"], headers_of(folder)
 
 
 class SanitizerError(AssertionError):

@@ -250,6 +250,8 @@ def _serve(rank: int, folder: str, connection: Connection, path: list[str]) -> N
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if os.environ.get("TPCORE_TEST_DEVICE"):
+        torch.set_default_device(os.environ["TPCORE_TEST_DEVICE"])
     stack_file = open(_stack_file(folder, rank), "w")  # noqa: SIM115 - open as long as the process
     if hasattr(signal, "SIGUSR1"):
         faulthandler.register(signal.SIGUSR1, file=stack_file)

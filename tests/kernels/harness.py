@@ -8,13 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.device import DEVICE
 from tests.helpers.numerics import assert_as_accurate_as_torch
 from tpcore import _native
 from tpcore.kernels import record_backends, use_backend
 from tpcore.kernels.triton import refusal
-
-# "cpu", unless TPCORE_TEST_DEVICE says otherwise (see conftest.py).
-DEVICE = torch.get_default_device().type
 
 # (dtype of x, dtype of the parameters)
 DTYPES = {
@@ -28,8 +26,11 @@ DTYPES = {
 
 
 def by_backends(*names: str) -> pytest.MarkDecorator:
-    """Runs a test on those of the backends that serve DEVICE, and on triton where it does."""
-    names = tuple(name for name in names if name in (DEVICE, "reference"))
+    """Runs a test on these backends, and on triton where it serves DEVICE.
+
+    "cpu" stands for the compiled kernels of DEVICE.
+    """
+    names = tuple(DEVICE if name == "cpu" else name for name in names)
     return pytest.mark.parametrize("backend", names if refusal(DEVICE) else (*names, "triton"))
 
 
@@ -38,12 +39,12 @@ by_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES.keys())
 
 def require(backend: str) -> None:
     """Skips where the library was knowingly not built; anything else is a failure later on."""
-    if backend == "cpu":
-        if DEVICE != "cpu":
+    if backend in ("cpu", "cuda"):
+        if backend != DEVICE:
             pytest.skip(f"the tests run on {DEVICE}")
-        status, built = _native.status("cpu"), _native.build_record().get("cpu", {})
+        status, built = _native.status(backend), _native.build_record().get(backend, {})
         if not status.loaded and not built.get("built", False):
-            pytest.skip(f"no compiled CPU library: {status.reason}")
+            pytest.skip(f"no compiled library: {status.reason}")
 
 
 def run(op: str, backend: str, function: Callable, *args, **kwargs):
@@ -91,6 +92,12 @@ def compare(ours: Callable, plain: Callable, inputs: Sequence[Tensor | None]) ->
     ]
     for number, (y, t, e) in enumerate(zip(*everything, strict=True)):
         assert_as_accurate_as_torch(y, t, e, f"gradient {number}")
+
+
+def assert_same(backend: str, a: Tensor, b: Tensor) -> None:
+    """Equal bit for bit, but for the reference off the CPU: torch sums in any order."""
+    bits = DEVICE == "cpu" or backend != "reference"
+    torch.testing.assert_close(a, b, **({"rtol": 0, "atol": 0} if bits else {}))
 
 
 def assert_grad_not_modified(function: Callable, *inputs: Tensor | None) -> None:

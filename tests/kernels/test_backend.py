@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tests.kernels.harness import require
+from tests.kernels.harness import DEVICE, require
 from tpcore import _native, kernels
 from tpcore.kernels import (
     bias_gelu,
@@ -48,7 +48,7 @@ def test_use_backend_nests_and_survives_errors():
 
 
 def test_impossible_choices_say_why():
-    x = torch.randn(2, 8)
+    x = torch.randn(2, 8, device="cpu")
     for backend, reason in (
         ("cuda", "serves cuda tensors only"),
         ("triton", "serves cuda tensors only, or with TRITON_INTERPRET=1"),
@@ -145,7 +145,7 @@ def test_operands_on_another_device_are_refused():
     x = torch.randn(4, 8)
     calls = _calls(x, torch.empty(4, 8, device="meta"), torch.empty(1, device="meta"))
     for name, call in calls.items():
-        with pytest.raises(ValueError, match=f"{name} is on meta and .* on cpu"):
+        with pytest.raises(ValueError, match=f"{name} is on meta and .* on {DEVICE}"):
             call()
 
 

@@ -5,6 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.harness import (
+    DEVICE,
     assert_grad_not_modified,
     assert_same_bits_for_any_threads,
     by_backends,
@@ -19,7 +20,7 @@ from tpcore._native import philox_keep_mask
 from tpcore.kernels import bias_dropout_residual, record_backends, use_backend
 
 by_backend = by_backends("reference", "cpu")
-OP = "bias_dropout_residual"
+OP, OPS = "bias_dropout_residual", torch.ops.tpcore
 SEED = torch.tensor([0x1234_5678_9ABC_DEF])
 
 
@@ -197,17 +198,20 @@ def test_compiles_to_one_graph(backend, p):
 def test_autocast_changes_nothing(backend):
     x, bias, residual = _inputs((5, 16), (torch.bfloat16, torch.float32))
     outside = run(OP, backend, bias_dropout_residual, x, bias, residual)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         inside = run(OP, backend, bias_dropout_residual, x, bias, residual)
     assert inside.dtype == torch.bfloat16
     assert torch.equal(inside, outside)
 
 
 def test_frozen_inputs_cost_nothing():
-    require("cpu")
-    backward = torch.ops.tpcore.bias_dropout_residual_cpu_backward
+    require(DEVICE)
     for needs in ((True, False), (False, True)):
-        grads = backward(torch.randn(40, 8), torch.ones(40, 1, dtype=torch.uint8), 0.5, *needs)
+        x = torch.randn(40, 8)
+        if DEVICE == "cpu":
+            grads = OPS.bias_dropout_residual_cpu_backward(x, x[:, :1].byte(), 0.5, *needs)
+        else:
+            grads = OPS.bias_dropout_residual_backward(x, 0.5, SEED, 0, _row_ids(40), 0, *needs)
         assert [g.numel() > 0 for g in grads] == list(needs)
 
 
@@ -256,22 +260,25 @@ def test_bits_do_not_depend_on_threads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [0, 1, 50])
 def test_opcheck(dtype, rows):
-    require("cpu")
-    ops = torch.ops.tpcore
+    require(DEVICE)
     x, bias, residual = _inputs((rows, 19), (dtype, torch.float32))
     strided = torch.randn(rows, 40)[:, 4:23].to(dtype)
     key = (0.3, SEED, 7, _row_ids(rows), 5)
     no_key = (0.0, None, 0, None, 0)
-    forward, backward = (
-        ops.bias_dropout_residual_cpu_forward,
-        ops.bias_dropout_residual_cpu_backward,
-    )
+    cpu = DEVICE == "cpu"
+    forward = OPS.bias_dropout_residual_cpu_forward if cpu else OPS.bias_dropout_residual_forward
     torch.library.opcheck(forward, (x, bias, residual, *key))
     torch.library.opcheck(forward, (strided, None, None, *key))
     torch.library.opcheck(forward, (x, bias, strided, *no_key))
-    keep = forward(x, bias, residual, *key)[1]
-    torch.library.opcheck(backward, (strided, keep, 0.3, True, True))
-    torch.library.opcheck(backward, (x, forward(x, None, None, *no_key)[1], 0.0, False, True))
+    if cpu:
+        backward = OPS.bias_dropout_residual_cpu_backward
+        bits, no_bits = (forward(x, bias, None, *k)[1] for k in (key, no_key))
+        torch.library.opcheck(backward, (strided, bits, 0.3, True, True))
+        torch.library.opcheck(backward, (x, no_bits, 0.0, False, True))
+    else:
+        backward = OPS.bias_dropout_residual_backward
+        torch.library.opcheck(backward, (strided, *key, True, True))
+        torch.library.opcheck(backward, (x, *no_key, False, True))
 
 
 def test_errors_name_the_argument():

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.kernels.harness import (
+    DEVICE,
     assert_grad_not_modified,
     assert_same_bits_for_any_threads,
     by_backends,
@@ -127,14 +128,14 @@ def test_compiles_to_one_graph(backend, approximate):
 def test_autocast_changes_nothing(backend):
     x, bias = _inputs((5, 16), (torch.bfloat16, torch.float32))
     outside = run("bias_gelu", backend, bias_gelu, x, bias)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         inside = run("bias_gelu", backend, bias_gelu, x, bias)
     assert inside.dtype == torch.bfloat16
     assert torch.equal(inside, outside)
 
 
 def test_frozen_inputs_cost_nothing():
-    require("cpu")
+    require(DEVICE)
     x, bias = _inputs((40, 8), (torch.float32, torch.float32))
     for needs in ((True, False), (False, True)):
         grads = torch.ops.tpcore.bias_gelu_backward(x, x, bias, "none", *needs)
@@ -154,7 +155,7 @@ def test_bits_do_not_depend_on_threads(approximate):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [0, 50])
 def test_opcheck(approximate, dtype, rows):
-    require("cpu")
+    require(DEVICE)
     ops = torch.ops.tpcore
     x, bias = _inputs((rows, 19), (dtype, torch.float32))
     strided = torch.randn(rows, 40)[:, 4:23].to(dtype)

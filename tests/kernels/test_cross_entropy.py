@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.kernels.harness import (
+    DEVICE,
     assert_grad_not_modified,
     assert_same_bits_for_any_threads,
     by_backends,
@@ -172,9 +173,9 @@ def test_large_logits_do_not_overflow(backend):
 
 
 def test_a_target_that_is_no_class():
-    logits = torch.randn(3, 5)
+    logits = torch.randn(3, 5, device="cpu")
     with pytest.raises(ValueError, match=r"target\[1\] is 5; expected a class 0\.\.4"):
-        cross_entropy(logits, torch.tensor([0, 5, 1]))
+        cross_entropy(logits, torch.tensor([0, 5, 1], device="cpu"))
 
 
 @by_backend
@@ -252,7 +253,7 @@ def test_compiles_to_one_graph(backend):
 def test_autocast_changes_nothing(backend):
     logits, target = torch.randn(5, 16, dtype=torch.bfloat16), _targets(5, 16)
     outside = run(OP, backend, cross_entropy, logits, target)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         inside = run(OP, backend, cross_entropy, logits, target)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, outside)
@@ -269,7 +270,7 @@ def test_bits_do_not_depend_on_threads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 7])
 def test_opcheck(dtype, tokens):
-    require("cpu")
+    require(DEVICE)
     ops = torch.ops.tpcore
     logits, target = torch.randn(tokens, 40)[:, 4:23].to(dtype), _targets(tokens, 25)
     torch.library.opcheck(ops.cross_entropy_statistics, (logits, target, 10, 25, -100))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.kernels.harness import (
+    DEVICE,
     assert_grad_not_modified,
     assert_same_bits_for_any_threads,
     by_backends,
@@ -244,7 +245,7 @@ def test_compiles_to_one_graph(backend, p):
 def test_autocast_changes_nothing(backend):
     scores = torch.randn(1, 2, 3, 16, dtype=torch.bfloat16)
     outside = run(OP, backend, masked_softmax, scores)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         inside = run(OP, backend, masked_softmax, scores)
     assert inside.dtype == torch.bfloat16
     assert torch.equal(inside, outside)
@@ -263,7 +264,7 @@ def test_bits_do_not_depend_on_threads(p):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("queries", [0, 1, 6])
 def test_opcheck(dtype, queries):
-    require("cpu")
+    require(DEVICE)
     ops, p = torch.ops.tpcore, 0.3
     scores = torch.randn(2, 3, queries, 19).to(dtype)
     strided = torch.randn(2, queries, 3, 40)[..., 4:23].to(dtype).transpose(1, 2)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.harness import require
+from tests.kernels.harness import DEVICE, require
 from tpcore._native import (
     attention_dropout_keep_mask,
     dropout_keep_mask,
@@ -49,7 +49,7 @@ def test_known_answers(counter, key, expected):
 def test_mask_reproduces_the_known_answers(native, counter, key, expected):
     """The threshold just at, and just above, each known word tells whether it is that word."""
     if native:
-        require("cpu")
+        require(DEVICE)
     function = torch.ops.tpcore.dropout_keep_mask if native else philox_keep_mask
     c0, c1, c2, c3 = counter
     seed = torch.tensor([_signed(key[1], key[0])])
@@ -62,7 +62,7 @@ def test_mask_reproduces_the_known_answers(native, counter, key, expected):
 
 
 def test_native_and_torch_agree_bit_for_bit():
-    require("cpu")
+    require(DEVICE)
     seed = torch.tensor([-(2**63) + 12345])
     row_ids = torch.randint(-(2**63), 2**63 - 1, (2, 5))
     for p in (0.0, 1e-9, 0.1, 0.5, 0.999999):
@@ -108,7 +108,7 @@ def test_does_not_depend_on_threads():
 
 
 def test_opcheck():
-    require("cpu")
+    require(DEVICE)
     row_ids = torch.arange(12).reshape(3, 4)
     for ids in (row_ids, row_ids.t(), row_ids[:0]):
         arguments = (torch.tensor([1]), ids, 0.2, 3, 17, 2, 0, 2)

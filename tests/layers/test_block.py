@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.helpers.device import DEVICE
 from tests.helpers.ranks import run_ranks
 from tests.layers.plain_attention import attention, dropped
 from tests.layers.twins import check_against_twin
@@ -166,7 +167,7 @@ def _check_autocast(tp):
     for enabled in (False, True):
         leaf = x.clone().requires_grad_()
         block.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
             y = block(leaf, sequences, _context())
         assert y.dtype == torch.float32, "the residual stream left the dtype of the input"
         y.square().mean().backward()

@@ -9,6 +9,7 @@ from tests.layers.twins import assert_as_accurate_as_torch
 from tpcore.layers import loss as loss_module
 from tpcore.layers.loss import vocab_parallel_cross_entropy
 from tpcore.parallel.collectives import all_reduce
+from tpcore.parallel.group import TensorParallelGroup
 from tpcore.parallel.sharding import Sharded, shard
 
 T, V, PADDED = 11, 13, 24  # at size 4 the last shard holds nothing but padding
@@ -23,25 +24,27 @@ def _inputs(dtype):
     return logits, target, torch.rand(T, generator=generator)
 
 
-def _plain(logits, target, smoothing):
-    return F.cross_entropy(
-        logits[:, :V], target, ignore_index=-100, label_smoothing=smoothing, reduction="none"
+def _plain(logits, target, smoothing, z_loss):
+    live = logits[:, :V]
+    loss = F.cross_entropy(
+        live, target, ignore_index=-100, label_smoothing=smoothing, reduction="none"
     )
+    return loss + z_loss * live.logsumexp(1).square().masked_fill(target == -100, 0)
 
 
-def _check_equals_plain(tp, smoothing, dtype):
+def _check_equals_plain(tp, smoothing, z_loss, dtype):
     logits, target, grad_loss = _inputs(dtype)
     own = shard(logits, Sharded(1), tp.rank, tp.size).clone().requires_grad_()
     before = own.detach().clone()
     loss = vocab_parallel_cross_entropy(
-        own, target, tp=tp, num_classes=V, label_smoothing=smoothing
+        own, target, tp=tp, num_classes=V, label_smoothing=smoothing, z_loss=z_loss
     )
     loss.backward(grad_loss)
     assert torch.equal(own.detach(), before), "the logits were modified"
     results = []
     for twin_dtype in (torch.float32, torch.float64):
         full = logits.to(twin_dtype, copy=True).requires_grad_()
-        plain = _plain(full, target, smoothing)
+        plain = _plain(full, target, smoothing, z_loss)
         plain.backward(grad_loss.to(twin_dtype))
         results.append((plain.detach(), full.grad))
     (same, same_grad), (exact, exact_grad) = results
@@ -63,9 +66,18 @@ def _check_equals_plain(tp, smoothing, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [0.0, 0.02])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_equals_the_loss_of_the_full_vocabulary(size, smoothing, dtype):
-    run_ranks(_check_equals_plain, size, smoothing, dtype)
+def test_equals_the_loss_of_the_full_vocabulary(size, z_loss, smoothing, dtype):
+    run_ranks(_check_equals_plain, size, smoothing, z_loss, dtype)
+
+
+def test_z_loss_is_no_less_than_nothing():
+    logits, target, _ = _inputs(torch.float32)
+    with pytest.raises(ValueError, match=r"z_loss=-1\.0; expected 0 or more"):
+        vocab_parallel_cross_entropy(
+            logits, target, tp=TensorParallelGroup.single(), num_classes=V, z_loss=-1.0
+        )
 
 
 def _check_all_columns_by_default(tp):
@@ -92,7 +104,10 @@ def _check_number_of_collectives(tp):
     own = shard(logits, Sharded(1), tp.rank, tp.size).clone().requires_grad_()
     loss_module.all_reduce = counted
     try:
-        vocab_parallel_cross_entropy(own, target, tp=tp, num_classes=V).sum().backward()
+        loss = vocab_parallel_cross_entropy(
+            own, target, tp=tp, num_classes=V, label_smoothing=0.1, z_loss=0.1
+        )
+        loss.sum().backward()
     finally:
         loss_module.all_reduce = all_reduce
     assert calls == [("max", (T,)), ("sum", (3, T))]

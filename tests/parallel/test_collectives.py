@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers.device import on_the_cpu
 from tests.helpers.ranks import run_ranks
-from tpcore.parallel import collectives
+from tests.kernels.harness import require
+from tpcore.parallel import collectives, shared_memory
 from tpcore.parallel.collectives import (
     all_gather,
     all_reduce,
@@ -12,7 +14,9 @@ from tpcore.parallel.collectives import (
     barrier,
     broadcast,
     reduce_scatter,
+    start_all_gather,
     start_all_reduce,
+    start_reduce_scatter,
     wait,
 )
 
@@ -28,7 +32,22 @@ AUTOGRAD = {
     "gather_from_sequence": ((), "shards", "copies"),
     "reduce_scatter_to_sequence": ((), "parts", "shards"),
     "scatter_to_sequence": ((), "one", "shards"),
+    "copy_all_to": ((), "one", "copies"),
 }
+
+
+def _function(name):
+    if name != "copy_all_to":
+        return getattr(collectives, name)
+
+    def in_two_pieces(x, tp):
+        """copy_all_to as a function of one tensor: of its halves, one of them in another shape."""
+        first, second = x.chunk(2)
+        nothing, first, second = collectives.copy_all_to((None, first, second.t()), tp)
+        assert nothing is None
+        return torch.cat((first, second.t()))
+
+    return in_two_pieces
 
 
 def _of_rank(rank: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -69,21 +88,44 @@ def test_raw_collectives(size, dtype):
     run_ranks(_check_raw, size, dtype)
 
 
-def _check_started_all_reduce_overlaps(tp):
-    x = _of_rank(tp.rank)
-    started = start_all_reduce(x, tp)
-    product = x.t() @ x
-    assert torch.equal(wait(started), sum(_of_rank(rank) for rank in range(tp.size)))
-    assert torch.equal(product, x.t() @ x)
+def _check_started(tp, shared, rows):
+    every = [_of_rank(rank).repeat(rows, 1) for rank in range(tp.size)]
+    x = every[tp.rank]
+    expected = {
+        start_all_reduce: sum(every),
+        start_all_gather: torch.cat(every),
+        start_reduce_scatter: sum(every).chunk(tp.size)[tp.rank],
+    }
+    channel = shared_memory.channel_of(tp)
+    assert channel is not None
+    shared_memory._CHANNELS[tp.process_group] = channel if shared else None
+    try:
+        for start, value in expected.items():
+            started = start(x, tp)
+            product = x.t() @ x
+            assert torch.equal(wait(started), value), start.__name__
+            assert torch.equal(product, x.t() @ x)
+        # Two under way: whichever is waited for first, both are what they should be.
+        first, second = start_all_gather(x, tp), start_reduce_scatter(x, tp)
+        assert torch.equal(wait(second), expected[start_reduce_scatter])
+        assert torch.equal(wait(first), expected[start_all_gather])
+    finally:
+        shared_memory._CHANNELS[tp.process_group] = channel
 
 
-def test_work_between_start_and_wait():
-    run_ranks(_check_started_all_reduce_overlaps, 2)
+@pytest.mark.parametrize("rows", [1, 5000], ids=["small", "several-steps"])
+@pytest.mark.parametrize("shared", [True, False], ids=["shared-memory", "gloo"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_work_between_start_and_wait(size, shared, rows):
+    if shared:
+        require("cpu")
+    run_ranks(_check_started, size, shared, rows)
 
 
 def _expected(name, rank, size, mine, every):
     return {
         "copy_to": lambda: mine,
+        "copy_all_to": lambda: mine,
         "reduce_from": lambda: sum(every),
         "scatter_to": lambda: mine.chunk(size, -1)[rank],
         "gather_from": lambda: torch.cat(every, -1),
@@ -94,7 +136,7 @@ def _expected(name, rank, size, mine, every):
 
 
 def _check_forward(tp, name, dtype):
-    function = getattr(collectives, name)
+    function = _function(name)
     args, before, _ = AUTOGRAD[name]
     every = [_of_rank(0 if before == "one" else rank, dtype) for rank in range(tp.size)]
     mine = every[tp.rank]
@@ -127,7 +169,7 @@ def _inner_product(a, b, kind, tp):
 
 
 def _check_adjoint(tp, name):
-    function = getattr(collectives, name)
+    function = _function(name)
     args, before, after = AUTOGRAD[name]
     x = _value(before, (8, 12), tp, seed=1).requires_grad_()
     output = function(x, tp, *args)
@@ -150,11 +192,42 @@ def test_backward_is_the_adjoint(name, size):
     run_ranks(_check_adjoint, size, name)
 
 
+def _check_copy_all_to(tp):
+    frozen, weight, bias = torch.ones(3), torch.ones(4, 2), torch.ones(2, dtype=torch.bfloat16)
+    weight.requires_grad_()
+    bias.requires_grad_()
+    calls = []
+
+    def counted(x, group):
+        calls.append(x.shape)
+        return all_reduce(x, group)
+
+    collectives.all_reduce = counted
+    try:
+        copies = collectives.copy_all_to((frozen, weight, bias), tp)
+        assert copies[0] is frozen
+        (copies[1].sum() * (tp.rank + 1) + copies[2].float().sum()).backward()
+    finally:
+        collectives.all_reduce = all_reduce
+    assert calls == ([(10,)] if tp.size > 1 else [])
+    assert frozen.grad is None
+    assert torch.equal(weight.grad, torch.full((4, 2), sum(range(1, tp.size + 1)) * 1.0))
+    assert torch.equal(bias.grad, torch.full((2,), tp.size, dtype=torch.bfloat16))
+    assert collectives.copy_all_to((None, frozen), tp)[0] is None
+    assert not collectives.copy_all_to((frozen,), tp)[0].requires_grad
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_gradients_of_several_tensors_share_one_all_reduce(size):
+    run_ranks(_check_copy_all_to, size)
+
+
 def _check_uneven(tp):
     with pytest.raises(ValueError, match="size of 2; use 1 or 5"):
         collectives.scatter_to(torch.zeros(4, 5), tp)
-    with pytest.raises(ValueError, match="the size of dim 0=5 cannot be split"):
-        collectives.reduce_scatter_to_sequence(torch.zeros(5, 4), tp)
+    for function in (collectives.reduce_scatter_to_sequence, start_reduce_scatter):
+        with pytest.raises(ValueError, match="the size of dim 0=5 cannot be split"):
+            function(torch.zeros(5, 4), tp)
 
 
 def test_a_dimension_that_does_not_divide_is_refused():
@@ -178,5 +251,6 @@ def _check_compiled(tp):
     assert torch.equal(results[0][1], results[1][1])
 
 
+@on_the_cpu
 def test_compiles_to_one_graph():
     run_ranks(_check_compiled, 2)

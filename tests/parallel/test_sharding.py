@@ -9,6 +9,7 @@ from torch import nn
 from tpcore.parallel.sharding import (
     Replicated,
     Sharded,
+    ShardedParts,
     ShardedQKV,
     full_shape,
     reshard,
@@ -26,9 +27,11 @@ def cases(draw):
     """A full tensor of distinct numbers that splits over 1, 2, 3 and 4 ranks, and its sharding."""
     num_dims = draw(st.integers(1, 3))
     dim = draw(st.integers(-num_dims, num_dims - 1))
-    sharding = draw(st.sampled_from([Replicated(), Sharded(dim), ShardedQKV(dim)]))
+    sharding = draw(
+        st.sampled_from([Replicated(), Sharded(dim), ShardedQKV(dim), ShardedParts(dim, 2)])
+    )
     shape = [draw(st.integers(1, 4)) for _ in range(num_dims)]
-    shape[dim] = 36 * draw(st.integers(0, 2))
+    shape[dim] = 72 * draw(st.integers(0, 2))
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.int64]))
     return torch.arange(torch.Size(shape).numel()).view(shape).to(dtype), sharding
 
@@ -67,6 +70,8 @@ def test_rows_columns_and_qkv_by_hand():
     assert shard(full, Sharded(1), 1, 2).tolist() == [[1], [3], [5], [7], [9], [11]]
     # q = rows 0 1, k = rows 2 3, v = rows 4 5: rank 1 holds the second row of each.
     assert shard(full, ShardedQKV(), 1, 2).tolist() == [[2, 3], [6, 7], [10, 11]]
+    assert shard(full, ShardedParts(0, 3), 1, 2).tolist() == [[2, 3], [6, 7], [10, 11]]
+    assert shard(full[:4], ShardedParts(0, 2), 1, 2).tolist() == [[2, 3], [6, 7]]
     assert shard(full, Replicated(), 1, 2) is full
 
 

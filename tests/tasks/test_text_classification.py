@@ -27,7 +27,7 @@ from tpcore.parallel.group import TensorParallelGroup
 from tpcore.tasks import DataError, TextClassification, task_class
 from tpcore.tasks.labels import Labels
 from tpcore.tokenizer import SPECIAL_TOKENS, WordPieceTokenizer
-from tpcore.train.config import ModelConfig
+from tpcore.train.config import config_class
 from tpcore.train.read_config import load_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -48,8 +48,8 @@ def write(tmp_path):
     return write_file
 
 
-def _config(**dataset: Any) -> ModelConfig:
-    config = ModelConfig()
+def _config(**dataset: Any) -> Any:
+    config = config_class("text_classification")().model
     config.class_labels.class_labels_file = dataset.pop("labels_file", None)
     for key, value in dataset.items():
         setattr(config.dataset, key, value)

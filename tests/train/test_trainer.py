@@ -12,9 +12,9 @@ import torch
 from tests.helpers.ranks import run_mesh
 from tests.train import tiny
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
-from tpcore.tasks import TASKS
+from tpcore.tasks import TASKS, task_class
+from tpcore.tasks.settings import SECTIONS
 from tpcore.tasks.task import Example
-from tpcore.train import config as train_config
 from tpcore.train.config import ConfigError, TrainConfig
 from tpcore.train.finetune import finetune
 from tpcore.train.launch import on_all_ranks
@@ -87,7 +87,7 @@ def test_starts_from_a_checkpoint_and_its_vocabulary(folder: Path) -> None:
     )
     job = prepare(config)
     assert job.encoder.vocab_size == len(tiny.VOCABULARY)
-    model = build_model(job, SINGLE[0], torch.device("cpu"))
+    model = build_model(job, SINGLE[0], torch.get_default_device())
     torch.manual_seed(0)
     expected = tiny.BertModel(tiny.CONFIG).state_dict()
     for name, tensor in model.state_dict().items():
@@ -283,4 +283,6 @@ def test_diverging_run_names_its_step(folder: Path) -> None:
 
 
 def test_configuration_knows_the_tasks() -> None:
-    assert tuple(TASKS) == train_config.TASKS
+    assert set(TASKS) == set(SECTIONS)
+    for name in TASKS:
+        assert task_class(name).name == name

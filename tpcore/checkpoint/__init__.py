@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tpcore.checkpoint.errors import CheckpointError
     from tpcore.checkpoint.info import CheckpointInfo
     from tpcore.checkpoint.io import convert, inspect, load, save
+    from tpcore.checkpoint.sharded import load_sharded, save_sharded
 
 _HOMES = {
     "CheckpointError": "tpcore.checkpoint.errors",
@@ -23,10 +24,21 @@ _HOMES = {
     "convert": "tpcore.checkpoint.io",
     "inspect": "tpcore.checkpoint.io",
     "load": "tpcore.checkpoint.io",
+    "load_sharded": "tpcore.checkpoint.sharded",
     "save": "tpcore.checkpoint.io",
+    "save_sharded": "tpcore.checkpoint.sharded",
 }
 
-__all__ = ["CheckpointError", "CheckpointInfo", "convert", "inspect", "load", "save"]
+__all__ = [
+    "CheckpointError",
+    "CheckpointInfo",
+    "convert",
+    "inspect",
+    "load",
+    "load_sharded",
+    "save",
+    "save_sharded",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -79,8 +79,11 @@ def build_model(
     head_kwargs: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    model_options: Mapping[str, Any] | None = None,
 ) -> BertModel:
     """This rank's shard of the model in a state, with the head that is asked for.
+
+    ``model_options`` are further arguments of BertModel: how it computes, not what.
 
     Raises:
         CheckpointError: the model cannot be split so, or the file does not have that head.
@@ -98,7 +101,7 @@ def build_model(
         config = config.replace(add_pooler=True)
     # On the meta device no weight is drawn, and none is allocated before its values are read.
     with torch.device("meta"):
-        model = BertModel(config, tp=tp, device="meta", dtype=dtype)
+        model = BertModel(config, tp=tp, device="meta", dtype=dtype, **(model_options or {}))
         if state.head is not None:
             model.head = _new_head(state.head, config, kwargs, tp, "meta", dtype)
     names = list(model.state_dict())

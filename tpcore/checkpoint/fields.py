@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tpcore.checkpoint.errors import CheckpointError
+from tpcore.checkpoint.errors import CheckpointError, shown
 
 
 class Fields:
@@ -59,4 +59,6 @@ class Fields:
         return value
 
     def _wrong(self, name: str, value: Any, expected: str) -> CheckpointError:
-        return CheckpointError(f"{self.where}: {self.prefix}{name}={value!r:.80} is not {expected}")
+        return CheckpointError(
+            f"{self.where}: {self.prefix}{name}={shown(value)} is not {expected}"
+        )

@@ -1,13 +1,18 @@
-"""Writing a checkpoint folder so that it is either complete or not there."""
+"""Writing a checkpoint folder so that it is either complete or not there, by one process or all."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
+
 from tpcore.checkpoint.errors import CheckpointError
+from tpcore.parallel.collectives import all_reduce, barrier
+from tpcore.parallel.group import TensorParallelGroup
 
 _ELSEWHERE = "choose another folder"
 
@@ -94,6 +99,67 @@ def publish(destination: Path) -> None:
 def discard(destination: Path) -> None:
     """Remove the pending folder of a write that failed."""
     shutil.rmtree(pending(destination), ignore_errors=True)
+
+
+def write_together(
+    destination: Path,
+    tp: TensorParallelGroup,
+    device: torch.device,
+    *,
+    prepare: Callable[[], object],
+    write: Callable[[Path], None],
+    finish: Callable[[Path], None] | None = None,
+) -> None:
+    """Make a folder to which every rank of a group contributes: all of it, or nothing.
+
+    A failure on one rank is an error on all of them, and leaves the destination as it was.
+
+    Args:
+        destination: the folder to make.
+        tp: the ranks, all of which call this.
+        device: where they communicate.
+        prepare: makes the pending folder; called on rank 0 only.
+        write: writes this rank's part into the folder that it is given; called on every rank.
+        finish: writes what needs the parts of all ranks; called on rank 0 only.
+
+    Raises:
+        CheckpointError: a step failed here or on another rank.
+    """
+    folder = pending(destination)
+    steps: list[tuple[Callable[[], object], bool]] = [
+        (prepare, True),
+        (lambda: write(folder), False),
+        (lambda: finish and finish(folder), True),
+        (lambda: publish(destination), True),
+    ]
+    for step, only_first in steps:
+        error = None if only_first and tp.rank != 0 else _attempt(step, destination)
+        # The reduction also makes every rank wait for the others.
+        failed = torch.tensor([float(error is not None)], device=device)
+        if all_reduce(failed, tp, "max").item():
+            # Only what this call made: a destination that could not be prepared is not touched.
+            if tp.rank == 0 and step is not prepare:
+                discard(destination)
+            barrier(tp)  # nobody sees the error before the remains are gone
+            raise error or CheckpointError(f"{destination}: another rank could not write its part")
+
+
+def _attempt(step: Callable[[], object], destination: Path) -> CheckpointError | None:
+    try:
+        step()
+    except CheckpointError as error:
+        return error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        failure = unwritable(destination, error)
+        failure.__cause__ = error
+        return failure
+    return None
+
+
+def unwritable(destination: Path, error: Exception) -> CheckpointError:
+    """The one line that says why a folder cannot be written."""
+    reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[0]
+    return CheckpointError(f"{destination}: cannot be written ({reason})")
 
 
 def _sync(folder: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tpcore.checkpoint import names, qkv
-from tpcore.checkpoint.errors import CheckpointError
+from tpcore.checkpoint.errors import CheckpointError, shown
 from tpcore.checkpoint.fields import Fields
 from tpcore.checkpoint.huggingface_config import (
     CLASSES,
@@ -265,7 +265,7 @@ def _read_pickle(file: Path) -> dict[str, StoredTensor]:
     stored: dict[str, StoredTensor] = {}
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{file}: {key!r:.80} is a {type(value).__name__}, not a tensor")
+            raise CheckpointError(f"{file}: {shown(key)} is a {type(value).__name__}, not a tensor")
         if value.numel() * value.element_size() > file.stat().st_size:
             raise CheckpointError(
                 f"{file}: {key} claims shape {list(value.shape)}, more than is there"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tpcore.checkpoint import names
-from tpcore.checkpoint.errors import CheckpointError
+from tpcore.checkpoint.errors import CheckpointError, shown
 from tpcore.checkpoint.fields import Fields
 from tpcore.checkpoint.state import CanonicalState, StoredTensor
 from tpcore.models.config import BertConfig
@@ -84,7 +84,7 @@ def model_type_from_fields(fields: Fields, keys: Mapping[str, str], where: str) 
     ):
         if fields.values.get(name) not in harmless:
             raise CheckpointError(
-                f"{fields.where}: {name}={fields.values[name]!r:.80} makes another model than the "
+                f"{fields.where}: {name}={shown(fields.values[name])} makes another model than the "
                 "encoder that is supported"
             )
     return model_type

@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from tpcore.checkpoint import folders, huggingface, megatron, megatron_files
+from tpcore.checkpoint import folders, huggingface, megatron, megatron_files, registry
 from tpcore.checkpoint.build import AUTO, build_model, override_config, state_from_model
 from tpcore.checkpoint.errors import CheckpointError
 from tpcore.checkpoint.info import CheckpointInfo
 from tpcore.checkpoint.state import CanonicalState, Source
 from tpcore.checkpoint.unpickle import check_records
+from tpcore.layers.block import ActivationCheckpointing
 from tpcore.models.bert import BertModel
-from tpcore.parallel.collectives import all_reduce, barrier
 from tpcore.parallel.group import TensorParallelGroup
 
 Format = Literal["megatron", "huggingface"]
@@ -34,6 +34,9 @@ def load(
     head_kwargs: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    sequence_parallel: bool = False,
+    activation_checkpointing: ActivationCheckpointing = None,
+    accumulate_main_grad: bool = False,
     **config_overrides: Any,
 ) -> BertModel:
     """Load a checkpoint of any format and any tensor-parallel size into a model of `tp`'s size.
@@ -42,7 +45,8 @@ def load(
 
     Args:
         path: a Megatron-LM directory (its root, an iteration, or one file) or a Hugging Face
-            folder. Which one it is shows in its content.
+            folder. Which one it is shows in its content. If nothing is there, the name of a
+            released encoder (`tpcore.checkpoint.registry`), downloaded once.
         tp: the tensor-parallel group; None: a single process.
         head: "auto" builds the head that the file holds, if any; None leaves it out; a name
             (`tpcore.models.heads.HEADS`) builds that one, newly initialised if the file has
@@ -52,6 +56,9 @@ def load(
         head_kwargs: further arguments of the head (dropout, regression, binary).
         device: where the parameters live; None: the CPU.
         dtype: of the parameters; None: torch's default dtype, whatever the file's is.
+        sequence_parallel: see `BertModel`; so are the next two.
+        activation_checkpointing: None, "full" or "selective".
+        accumulate_main_grad: weight gradients go to `weight.main_grad`.
         config_overrides: fields of `BertConfig` that replace what the file says (`gelu`,
             `hidden_dropout`, `attention_dropout`, `vocab_size` for a file that only knows its
             padded size, `num_attention_heads` for one that does not say it, ...).
@@ -71,6 +78,11 @@ def load(
         head_kwargs=head_kwargs,
         device=device,
         dtype=dtype,
+        model_options={
+            "sequence_parallel": sequence_parallel,
+            "activation_checkpointing": activation_checkpointing,
+            "accumulate_main_grad": accumulate_main_grad,
+        },
     )
 
 
@@ -118,25 +130,13 @@ def save(
     device = next(model.parameters()).device
     files = [Path(file) for file in tokenizer_files]
 
-    def prepare() -> None:
-        if tp.rank == 0:
-            _prepare(destination, overwrite)
-
-    def write() -> None:
-        _write(state, folders.pending(destination), format, size, tp, files)
-
-    def publish() -> None:
-        if tp.rank == 0:
-            folders.publish(destination)
-
-    for step in (prepare, write, publish):
-        error = _attempt(step, destination)
-        if _on_any_rank(error is not None, tp, device):
-            # Only what this call made: a destination that could not be prepared is not touched.
-            if tp.rank == 0 and step is not prepare:
-                folders.discard(destination)
-            barrier(tp)  # nobody sees the error before the remains are gone
-            raise error or CheckpointError(f"{destination}: another rank could not write its part")
+    folders.write_together(
+        destination,
+        tp,
+        device,
+        prepare=lambda: _prepare(destination, overwrite),
+        write=lambda folder: _write(state, folder, format, size, tp, files),
+    )
 
 
 def inspect(
@@ -202,7 +202,7 @@ def convert(
         )
         folders.publish(destination)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise _unwritable(destination, error) from error
+        raise folders.unwritable(destination, error) from error
     finally:
         folders.discard(destination)
     return inspect(destination)
@@ -210,7 +210,8 @@ def convert(
 
 def _read(path: Path, qkv_layout: str | None, overrides: Mapping[str, Any]) -> CanonicalState:
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file or directory")
+        overrides = {**registry.known_facts(path), **overrides}
+        path = registry.locate(path)
     if huggingface.recognise(path):
         if qkv_layout is not None:
             raise CheckpointError(
@@ -290,25 +291,3 @@ def _write(
             attempt(shutil.copyfile, file, folder / file.name)
     if errors:
         raise errors[0]
-
-
-def _attempt(step: Callable[[], None], destination: Path) -> CheckpointError | None:
-    try:
-        step()
-    except CheckpointError as error:
-        return error
-    except (OSError, RuntimeError, SafetensorError) as error:
-        failure = _unwritable(destination, error)
-        failure.__cause__ = error
-        return failure
-    return None
-
-
-def _unwritable(destination: Path, error: Exception) -> CheckpointError:
-    reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[0]
-    return CheckpointError(f"{destination}: cannot be written ({reason})")
-
-
-def _on_any_rank(flag: bool, tp: TensorParallelGroup, device: torch.device) -> bool:
-    """Whether the flag is set on any rank; also makes every rank wait for the others."""
-    return bool(all_reduce(torch.tensor([float(flag)], device=device), tp, "max").item())

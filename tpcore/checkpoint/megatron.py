@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from tpcore.checkpoint import names, qkv
-from tpcore.checkpoint.errors import CheckpointError
+from tpcore.checkpoint.errors import CheckpointError, shown
 from tpcore.checkpoint.fields import Fields
 from tpcore.checkpoint.megatron_args import (
     args_from_state,
@@ -85,10 +85,13 @@ def read(
     shards, tied = _join_stages(stages)
 
     size = len(files[0])
-    shapes = {
-        name: full_shape(pieces[0].shape, sharding_of(name), size, name=name)
-        for name, pieces in shards.items()
-    }
+    try:
+        shapes = {
+            name: full_shape(pieces[0].shape, sharding_of(name), size, name=name)
+            for name, pieces in shards.items()
+        }
+    except ValueError as error:  # a scalar where rows or columns should be
+        raise CheckpointError(f"{where}: {error}") from error
     sizes = sizes_from_shapes(shapes, names.count_layers(_layered(shapes), where), where)
     layout = _layout(first, where) if qkv_layout is None else _checked_layout(qkv_layout)
     config = config_from_args(args, sizes, has_pooler(shapes), overrides)
@@ -289,34 +292,41 @@ def _version(value: Any, path: Path) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1, 2, 3):
         raise CheckpointError(
-            f"{path}: checkpoint_version={value!r:.60} is unknown; 0 to 3 are read"
+            f"{path}: checkpoint_version={shown(value)} is unknown; 0 to 3 are read"
         )
     return float(value)
 
 
-def _flatten(tree: Any, path: Path, limit: int, prefix: str = "", depth: int = 0) -> dict[str, Any]:
+def _flatten(tree: Any, path: Path, limit: int) -> dict[str, Any]:
     """Nested dicts -> dotted keys. `limit` bounds what a tensor may claim to hold, in bytes."""
-    if not isinstance(tree, dict):
-        raise CheckpointError(f"{path}: {prefix or 'model'} is a {type(tree).__name__}, not a dict")
-    if depth > _MAX_DEPTH:
-        raise CheckpointError(f"{path}: {prefix[:80]} is nested more than {_MAX_DEPTH} deep")
     flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if not isinstance(key, str):
-            raise CheckpointError(f"{path}: {prefix or 'model'} has a key that is no string")
-        name = f"{prefix}.{key}" if prefix else key
-        if isinstance(value, dict):
-            inner = _flatten(value, path, limit, name, depth + 1)
-            repeated = flat.keys() & inner.keys()
-            if repeated:
-                raise CheckpointError(f"{path}: {min(repeated)} occurs twice")
-            flat.update(inner)
-        else:
+    seen: set[int] = set()
+
+    def visit(part: Any, prefix: str, depth: int) -> None:
+        where = prefix or "model"
+        if not isinstance(part, dict):
+            raise CheckpointError(f"{path}: {where:.80} is a {type(part).__name__}, not a dict")
+        if depth > _MAX_DEPTH:
+            raise CheckpointError(f"{path}: {where:.80} is nested more than {_MAX_DEPTH} deep")
+        if id(part) in seen:
+            raise CheckpointError(f"{path}: {where:.80} occurs twice, or contains itself")
+        seen.add(id(part))
+        for key, value in part.items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"{path}: {where:.80} has a key that is no string")
+            name = f"{prefix}.{key}" if prefix else key
+            if isinstance(value, dict):
+                visit(value, name, depth + 1)
+                continue
+            if name in flat:
+                raise CheckpointError(f"{path}: {name:.80} occurs twice")
             if isinstance(value, Tensor) and value.numel() * value.element_size() > limit:
                 raise CheckpointError(
-                    f"{path}: {name} claims shape {list(value.shape)}, more than the file holds"
+                    f"{path}: {name:.80} claims shape {list(value.shape)}, more than the file holds"
                 )
             flat[name] = value
+
+    visit(tree, "", 0)
     return flat
 
 

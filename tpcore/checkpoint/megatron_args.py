@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tpcore.checkpoint.errors import CheckpointError
+from tpcore.checkpoint.errors import CheckpointError, shown
 from tpcore.checkpoint.fields import Fields
 from tpcore.checkpoint.state import CanonicalState
 from tpcore.models.config import PRESETS, VOCAB_DIVISOR, BertConfig
@@ -114,7 +114,7 @@ def _check_supported(args: Fields, sizes: Mapping[str, int]) -> None:
         value = args.values.get(name)
         if value not in harmless:
             raise CheckpointError(
-                f"{args.where}: args.{name}={value!r:.80} makes another architecture than BERT's; "
+                f"{args.where}: args.{name}={shown(value)} makes another architecture than BERT's; "
                 f"supported: {harmless[-1]!r}"
             )
     channels, heads = args.integer("kv_channels"), args.integer("num_attention_heads")
@@ -182,8 +182,13 @@ def head_from_args(args: Fields, head: str | None) -> tuple[str | None, dict[str
     if stored == "token_classification":
         head = stored
     options = args.values.get(_HEAD_KWARGS)
-    kwargs = dict(options) if isinstance(options, dict) else {}
-    return head, {key: kwargs[key] for key in ("dropout", "regression") if key in kwargs}
+    stated = Fields(options if isinstance(options, dict) else {}, args.where, f"{_HEAD_KWARGS}.")
+    kwargs: dict[str, Any] = {}
+    if "dropout" in stated:
+        kwargs["dropout"] = stated.number("dropout", 0.0)
+    if "regression" in stated:
+        kwargs["regression"] = stated.flag("regression")
+    return head, kwargs
 
 
 def labels_from_args(args: Fields) -> tuple[str, ...] | None:

@@ -4,15 +4,18 @@
 carry no weights (an argparse.Namespace, numpy random states, enums, a loss scaler). Those names,
 and no others, are mapped to inert classes for the duration of one call: nothing is imported for
 them and nothing of theirs runs. Any other name is refused, and the error says which.
+
+Before that, `zip_directory` and `pickle_scan` make sure that the file holds what it claims: torch
+itself unpacks compressed records of any size, and trusts what a tensor says of its storage.
 """
 
 from __future__ import annotations
 
 import argparse
+import mmap
 import pickle
-import re
 import warnings
-import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ import torch
 from torch.serialization import safe_globals
 
 from tpcore.checkpoint.errors import CheckpointError
+from tpcore.checkpoint.pickle_scan import MAX_BYTES, PickleScan
+from tpcore.checkpoint.zip_directory import MAGIC, read_directory
 
 
 class InertStub:
@@ -72,6 +77,17 @@ STUBBED = (
     *_names("signal", "Signals"),
     *_names("io", "BytesIO"),
     *_names("torch._C", "Generator"),
+    # what Lightning keeps beside the weights: settings of the model, the state of its callbacks
+    *_names("omegaconf.dictconfig", "DictConfig"),
+    *_names("omegaconf.listconfig", "ListConfig"),
+    *_names("omegaconf.base", "ContainerMetadata", "Metadata", "SCMode"),
+    *_names("omegaconf.nodes", "AnyNode", "BooleanNode", "FloatNode", "IntegerNode", "StringNode"),
+    *_names("typing", "Any"),
+    *_names("builtins", "dict", "list", "tuple", "str", "int", "float", "bool"),
+    *_names("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
+    *_names("pytorch_lightning.callbacks.early_stopping", "EarlyStopping"),
+    *_names("nemo.utils.exp_manager", "NeMoModelCheckpoint"),
+    *_names("nemo.utils.callbacks.nemo_model_checkpoint", "NeMoModelCheckpoint"),
 )
 """Names that may occur in a training checkpoint and that no weight depends on."""
 
@@ -80,19 +96,30 @@ def _inert_class(name: str) -> type[InertStub]:
     return type(name.rpartition(".")[2], (InertStub,), {"pickled_name": name})
 
 
+def _plain_dict(*_: Any) -> dict[Any, Any]:
+    """What a defaultdict becomes: its factory is not kept."""
+    return {}
+
+
+_READ: dict[str, Any] = {
+    # Objects that are read: attributes and items only, no behaviour.
+    "argparse.Namespace": argparse.Namespace,
+    "collections.defaultdict": _plain_dict,
+    "pytorch_lightning.utilities.parsing.AttributeDict": dict,
+    "lightning_fabric.utilities.data.AttributeDict": dict,
+    "lightning.fabric.utilities.data.AttributeDict": dict,
+}
 _ALLOWED: list[Any] = [
-    # The one object that is read: attributes only, no behaviour.
-    (argparse.Namespace, "argparse.Namespace"),
+    *((kind, name) for name, kind in _READ.items()),
     *((_inert_class(name), name) for name in STUBBED),
 ]
+_LISTED = frozenset((*_READ, *STUBBED))
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PICKLES = 5
+"""Before torch 1.6: a magic number, a version, sizes of types, the object, keys of storages."""
 
 _CHUNK_BYTES = 2**20
-
-_REFUSED = (
-    re.compile(r"Unsupported global: GLOBAL (\S+)"),
-    re.compile(r"unsupported GLOBAL (\S+) whose module"),
-    re.compile(r"Unsupported class (\S+)"),
-)
 
 
 def load_pickle(path: Path, where: str | None = None) -> Any:
@@ -109,26 +136,26 @@ def load_pickle(path: Path, where: str | None = None) -> Any:
             that is not on the list.
     """
     where = str(path) if where is None else where
-    try:
-        with path.open("rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"
-    except OSError as error:
-        raise CheckpointError(f"{where}: cannot be opened ({error.strerror})") from error
-    if is_zip and not _ends_as_zip(path):
-        raise CheckpointError(f"{where}: the file is truncated; copy or download it again")
+    with _mapped(path, where) as data:
+        is_zip = data[:4] == MAGIC
+        if is_zip:
+            _scan_zip(data, where)
+        else:
+            _scan_legacy(data, where)
     try:
         with safe_globals(_ALLOWED), warnings.catch_warnings():
             # Advice for writers of pickles; what a reader needs to know is an error below.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(where, str(error))) from error
     except MemoryError as error:
         raise CheckpointError(f"{where}: not enough memory to read it") from error
     except Exception as error:  # whatever a damaged file makes the reader raise
+        # torch's own message advises weights_only=False; that advice is not repeated.
+        detail = str(error).rsplit("WeightsUnpickler error:", 1)[-1]
+        kind = "" if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: "
         raise CheckpointError(
-            f"{where}: not a readable torch checkpoint, truncated or damaged "
-            f"({type(error).__name__}: {_first_line(error)})"
+            f"{where}: not a readable torch checkpoint, truncated, damaged or unsafe "
+            f"({kind}{_first_line(detail)})"
         ) from error
 
 
@@ -143,51 +170,67 @@ def check_records(path: Path, where: str | None = None) -> None:
         CheckpointError: names the record that differs.
     """
     where = str(path) if where is None else where
-    name = "its directory"
-    try:
-        if not zipfile.is_zipfile(path):
+    with _mapped(path, where) as data:
+        if data[:4] != MAGIC:
             return
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                name = entry.filename
-                if entry.CRC == 0:
-                    continue  # written without: torch.serialization.set_crc32_options(False)
-                with archive.open(entry) as record:
-                    while record.read(_CHUNK_BYTES):
-                        pass
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise CheckpointError(
-            f"{where}: is damaged: {name} differs from its checksum; copy or download it again"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{where}: cannot be read ({error.strerror})") from error
+        for name, record in read_directory(data, where).items():
+            if record.crc == 0:
+                continue  # written without: torch.serialization.set_crc32_options(False)
+            crc = 0
+            for start in range(record.offset, record.offset + record.size, _CHUNK_BYTES):
+                end = min(start + _CHUNK_BYTES, record.offset + record.size)
+                crc = zlib.crc32(data[start:end], crc)
+            if crc != record.crc:
+                raise CheckpointError(
+                    f"{where}: is damaged: {name} differs from its checksum; copy or download it "
+                    "again"
+                )
 
 
-def _ends_as_zip(path: Path) -> bool:
-    """Whether the directory that ends every zip archive is there."""
+def _mapped(path: Path, where: str) -> mmap.mmap:
     try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:
-        return False
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError:
+        raise CheckpointError(f"{where}: is empty, or truncated to nothing") from None
+    except OSError as error:
+        raise CheckpointError(f"{where}: cannot be opened ({error.strerror})") from error
 
 
-def _refusal(where: str, message: str) -> str:
-    for pattern in _REFUSED:
-        match = pattern.search(message)
-        if match:
-            name = match.group(1).rstrip(".,")
-            return (
-                f"{where}: refused to load the pickled object {name}, which is not on the list of "
-                "harmless names; if you trust the file, save its tensors again without that object"
+def _scan_zip(data: mmap.mmap, where: str) -> None:
+    records = read_directory(data, where)
+    root = next(iter(records), "").partition("/")[0]
+    pickled = records.get(f"{root}/data.pkl")
+    if pickled is None or f"{root}/constants.pkl" in records:
+        raise CheckpointError(f"{where}: is a zip file, but no torch checkpoint of tensors")
+    if pickled.size > MAX_BYTES:
+        raise CheckpointError(
+            f"{where}: data.pkl has {pickled.size} bytes; at most {MAX_BYTES} are read"
+        )
+
+    def size(key: str) -> int | None:
+        record = records.get(f"{root}/data/{key}")
+        return None if record is None else record.size
+
+    content = data[pickled.offset : pickled.offset + pickled.size]
+    PickleScan(content, where, _LISTED, size).follow()
+
+
+def _scan_legacy(data: mmap.mmap, where: str) -> None:
+    # Every storage lies behind the pickles, so together they are smaller than the file.
+    scan = PickleScan(data, where, _LISTED, lambda key: len(data))
+    at = 0
+    for index in range(_LEGACY_PICKLES):
+        value, at = scan.follow(at)
+        if index == 0 and value != _LEGACY_MAGIC:
+            raise CheckpointError(f"{where}: not a readable torch checkpoint, truncated or damaged")
+        if scan.storage_bytes > len(data):
+            raise CheckpointError(
+                f"{where}: claims {scan.storage_bytes} bytes of tensors, more than the file holds; "
+                "it is truncated, damaged or hostile"
             )
-    # torch's own message advises weights_only=False; that advice is not repeated.
-    detail = message.rsplit("WeightsUnpickler error:", 1)[-1].strip().splitlines()
-    return (
-        f"{where}: not a readable torch checkpoint, truncated, damaged or unsafe "
-        f"({detail[0][:200] if detail else 'empty pickle'})"
-    )
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+def _first_line(text: str) -> str:
+    lines = text.strip().splitlines()
     return lines[0][:200] if lines else "no message"

@@ -13,9 +13,11 @@ communication:
 
     grad_logits = grad_loss * (exp(logits - m) / d - (1 - ls) * [target] - ls / num_classes)
 
-where [target] is 1 in the column of the target. Saved for backward: the logits, m and d, not a
-softmax. That the work is split where the shards meet is why kernels need not know of process
-groups.
+where [target] is 1 in the column of the target. A z-loss adds z (log d + m)^2, which keeps
+log d + m near 0 (arXiv 2204.02311, section 5). It multiplies the first term of the gradient by
+1 + 2 z (log d + m), so the backward gets d divided by that, and is otherwise the same. Saved for
+backward: the logits, m and d, not a softmax. That the work is split where the shards meet is why
+kernels need not know of process groups.
 """
 
 from __future__ import annotations
@@ -50,6 +52,7 @@ class _CrossEntropy(torch.autograd.Function):
         num_classes: int,
         ignore_index: int,
         label_smoothing: float,
+        z_loss: float,
         combine: Combine | None,
         backend: str,
     ) -> Tensor:
@@ -65,6 +68,10 @@ class _CrossEntropy(torch.autograd.Function):
             loss = sum_exp.log() - (1.0 - label_smoothing) * (target_logit - maximum)
             if label_smoothing > 0:
                 loss = loss - label_smoothing * (sum_logits / num_classes - maximum)
+            if z_loss > 0:
+                log_sum = sum_exp.log() + maximum
+                loss = loss + z_loss * log_sum.square()
+                sum_exp = sum_exp / (1.0 + 2.0 * z_loss * log_sum)
             loss = loss.masked_fill(target == ignore_index, 0.0)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, target, maximum, sum_exp)
@@ -83,7 +90,7 @@ class _CrossEntropy(torch.autograd.Function):
                 grad_logits = ops.cross_entropy_backward(
                     with_dense_rows(grad_loss), logits, target, maximum, sum_exp, *ctx.constants
                 )
-        return grad_logits, None, None, None, None, None, None, None
+        return grad_logits, None, None, None, None, None, None, None, None
 
 
 def cross_entropy(
@@ -94,6 +101,7 @@ def cross_entropy(
     num_classes: int | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     combine: Combine | None = None,
 ) -> Tensor:
     """Per-token cross entropy of a shard of the vocabulary.
@@ -109,6 +117,7 @@ def cross_entropy(
         ignore_index: tokens with this target have loss 0 and no gradient.
         label_smoothing: weight of the uniform distribution over the num_classes classes, 0 <=
             label_smoothing < 1.
+        z_loss: weight of the squared log-sum-exp over the whole vocabulary, 0 or more.
         combine: turns (max, sum_exp, target_logit, sum_logits) of this shard into those of all
             shards; None where this shard is the whole vocabulary.
 
@@ -130,6 +139,8 @@ def cross_entropy(
         raise ValueError(f"target is {target.dtype}; expected int64")
     if not 0.0 <= label_smoothing < 1.0:
         raise ValueError(f"label_smoothing={label_smoothing}; expected 0 <= label_smoothing < 1")
+    if z_loss < 0.0:
+        raise ValueError(f"z_loss={z_loss}; expected 0 or more")
     if num_classes is None:
         if combine is not None or vocab_start != 0:
             raise ValueError(
@@ -149,7 +160,15 @@ def cross_entropy(
         _check_targets(target, num_classes, ignore_index)
     backend = choose("cross_entropy", logits)
     return _CrossEntropy.apply(
-        logits, target, vocab_start, num_classes, ignore_index, label_smoothing, combine, backend
+        logits,
+        target,
+        vocab_start,
+        num_classes,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        combine,
+        backend,
     )
 
 

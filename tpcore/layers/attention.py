@@ -23,6 +23,7 @@ from tpcore.layers.initialization import InitMethod
 from tpcore.layers.linear import ColumnParallelLinear, RowParallelLinear
 from tpcore.parallel.group import TensorParallelGroup, divide
 from tpcore.parallel.random import DropoutContext, Site, dropout_stream
+from tpcore.parallel.recompute import checkpoint_activations
 
 # A bucket is closed when its scores, padding included, would exceed the real ones by this factor
 # and by more than so many scores per head, which is about what one more bucket costs in time.
@@ -73,7 +74,7 @@ class PackedSequences:
 
         Args:
             lengths: tokens of each sequence, in packed order.
-            device: where the index tensors live.
+            device: where the index tensors live; None: torch's default device.
 
         Raises:
             ValueError: there is no sequence, or one has no token.
@@ -86,6 +87,7 @@ class PackedSequences:
                 f"lengths[{sizes.index(min(sizes))}]={min(sizes)}; expected sequences of one or "
                 "more tokens: leave empty ones out"
             )
+        device = torch.get_default_device() if device is None else device
         ends = torch.tensor((0, *sizes), device="cpu").cumsum(0)
         return cls(ends.to(device=device, dtype=torch.int32), sizes)
 
@@ -245,6 +247,11 @@ class SelfAttention(nn.Module):
         causal: each token attends to itself and to earlier tokens only.
         init_method: fills the full weight of qkv; None: as torch.nn.Linear.
         output_init_method: fills the full weight of dense; None: as init_method.
+        sequence_parallel: x and y are this rank's share of the tokens, [t/tp, h]; attention itself
+            sees all tokens.
+        accumulate_main_grad: see ColumnParallelLinear.
+        recompute_probabilities: keep q, k and v alone for the backward, and compute scores and
+            probabilities again. The fused kernel never stores them and is left as it is.
 
     Raises:
         ValueError: the heads do not divide the hidden size, or cannot be split over the group.
@@ -262,6 +269,9 @@ class SelfAttention(nn.Module):
         bias: bool = True,
         init_method: InitMethod | None = None,
         output_init_method: InitMethod | None = None,
+        sequence_parallel: bool = False,
+        accumulate_main_grad: bool = False,
+        recompute_probabilities: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -277,12 +287,16 @@ class SelfAttention(nn.Module):
         self.attention_dropout = attention_dropout
         self.stream = dropout_stream(layer_number, Site.ATTENTION_PROBS)
         self.causal = causal
+        self.num_shares = tp.size if sequence_parallel else 1
+        self.recompute_probabilities = recompute_probabilities
         self.qkv = ColumnParallelLinear(
             hidden_size,
             3 * hidden_size,
             tp=tp,
             bias=bias,
             init_method=init_method,
+            sequence_parallel=sequence_parallel,
+            accumulate_main_grad=accumulate_main_grad,
             device=device,
             dtype=dtype,
         )
@@ -293,6 +307,8 @@ class SelfAttention(nn.Module):
             bias=bias,
             skip_bias_add=True,
             init_method=output_init_method or init_method,
+            sequence_parallel=sequence_parallel,
+            accumulate_main_grad=accumulate_main_grad,
             device=device,
             dtype=dtype,
         )
@@ -303,16 +319,19 @@ class SelfAttention(nn.Module):
         """X [t, h] -> (y [t, h] without bias, bias [h] or None).
 
         Args:
-            x: packed tokens, the same on every rank.
-            sequences: their grouping.
-            dropout: seed and row ids; None, or a module in evaluation: no dropout.
+            x: packed tokens, the same on every rank; sequence-parallel: its share, [t/tp, h].
+            sequences: the grouping of all t tokens.
+            dropout: seed and row ids of all t tokens; None, or a module in evaluation: no dropout.
 
         Raises:
             ValueError: ``sequences`` has another number of tokens than x.
         """
         t, d, n = sequences.num_tokens, self.head_size, self.num_own_heads
-        if x.shape[0] != t:
-            raise ValueError(f"x has {x.shape[0]} tokens, but sequences has {t} in its lengths")
+        if x.shape[0] * self.num_shares != t:
+            shares = "" if self.num_shares == 1 else f" on each of {self.num_shares} ranks"
+            raise ValueError(
+                f"x has {x.shape[0]} tokens{shares}, but sequences has {t} in its lengths"
+            )
         qkv = self.qkv(x).view(t, n, 3, d)
         dropout = dropout if self.training and self.attention_dropout > 0 else None
         is_half = qkv.dtype in (torch.bfloat16, torch.float16)
@@ -321,6 +340,8 @@ class SelfAttention(nn.Module):
             context = packed_attention(
                 qkv, sequences.cu_seqlens, causal=self.causal, **self._key(dropout)
             )
+        elif self.recompute_probabilities and torch.is_grad_enabled():
+            context = checkpoint_activations(self._by_buckets, qkv, sequences, dropout)
         else:
             context = self._by_buckets(qkv, sequences, dropout)
         return self.dense(context.view(t, n * d))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,12 @@ from tpcore.kernels import bias_dropout_residual
 from tpcore.layers.attention import PackedSequences, SelfAttention
 from tpcore.layers.mlp import MLP
 from tpcore.layers.norm import LayerNorm
+from tpcore.parallel.collectives import own_slice
 from tpcore.parallel.group import TensorParallelGroup
 from tpcore.parallel.random import DropoutContext, Site, dropout_stream
+from tpcore.parallel.recompute import checkpoint_activations
+
+ActivationCheckpointing: TypeAlias = Literal["full", "selective"] | None
 
 
 class TransformerBlock(nn.Module):
@@ -46,9 +51,17 @@ class TransformerBlock(nn.Module):
         causal: see SelfAttention.
         init_std: weights are drawn from N(0, init_std), those of the two output projections from
             N(0, init_std / sqrt(2 num_layers)), as in Megatron-LM; biases are zero.
+        sequence_parallel: x and y are this rank's share of the tokens, [t/tp, h], contiguous and in
+            rank order: norms, dropout and residuals run on that share alone. t must be a multiple
+            of the group's size.
+        accumulate_main_grad: see ColumnParallelLinear.
+        activation_checkpointing: "full" keeps x alone for the backward, which computes the block
+            again; "selective" does so for the scores and probabilities of attention only; None
+            keeps everything.
 
     Raises:
-        ValueError: a size cannot be split over the group, or ``gelu`` is unknown.
+        ValueError: a size cannot be split over the group, or ``gelu`` or
+            ``activation_checkpointing`` is unknown.
     """
 
     def __init__(
@@ -68,10 +81,20 @@ class TransformerBlock(nn.Module):
         input_dropout: bool = False,
         causal: bool = False,
         init_std: float = 0.02,
+        sequence_parallel: bool = False,
+        accumulate_main_grad: bool = False,
+        activation_checkpointing: ActivationCheckpointing = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if activation_checkpointing not in (None, "full", "selective"):
+            raise ValueError(
+                f"activation_checkpointing={activation_checkpointing!r} is unknown; expected "
+                "'full', 'selective' or None"
+            )
+        self.activation_checkpointing = activation_checkpointing
+        self.sequence_parallel, self.tp = sequence_parallel, tp
         self.hidden_dropout = hidden_dropout
         self.post_layernorm = post_layernorm
         self.input_dropout = input_dropout
@@ -80,7 +103,18 @@ class TransformerBlock(nn.Module):
         self.mlp_stream = dropout_stream(layer_number, Site.MLP_OUTPUT)
         init_method = partial(nn.init.normal_, std=init_std)
         output_init_method = partial(nn.init.normal_, std=init_std / math.sqrt(2 * num_layers))
-        self.input_norm = LayerNorm(hidden_size, layernorm_eps, device=device, dtype=dtype)
+
+        def norm() -> LayerNorm:
+            return LayerNorm(
+                hidden_size,
+                layernorm_eps,
+                tp=tp,
+                sequence_parallel=sequence_parallel,
+                device=device,
+                dtype=dtype,
+            )
+
+        self.input_norm = norm()
         self.attention = SelfAttention(
             hidden_size,
             num_attention_heads,
@@ -90,10 +124,13 @@ class TransformerBlock(nn.Module):
             causal=causal,
             init_method=init_method,
             output_init_method=output_init_method,
+            sequence_parallel=sequence_parallel,
+            accumulate_main_grad=accumulate_main_grad,
+            recompute_probabilities=activation_checkpointing == "selective",
             device=device,
             dtype=dtype,
         )
-        self.post_attention_norm = LayerNorm(hidden_size, layernorm_eps, device=device, dtype=dtype)
+        self.post_attention_norm = norm()
         self.mlp = MLP(
             hidden_size,
             intermediate_size,
@@ -101,6 +138,8 @@ class TransformerBlock(nn.Module):
             gelu=gelu,
             init_method=init_method,
             output_init_method=output_init_method,
+            sequence_parallel=sequence_parallel,
+            accumulate_main_grad=accumulate_main_grad,
             device=device,
             dtype=dtype,
         )
@@ -108,9 +147,25 @@ class TransformerBlock(nn.Module):
     def forward(
         self, x: Tensor, sequences: PackedSequences, dropout: DropoutContext | None = None
     ) -> Tensor:
-        """X [t, h] -> y [t, h]; ``dropout`` None, or a module in evaluation: no dropout."""
+        """X [t, h] -> y [t, h]; sequence-parallel [t/tp, h].
+
+        Args:
+            x: packed tokens.
+            sequences: the grouping of all t tokens.
+            dropout: seed and row ids of all t tokens; None, or a module in evaluation: no dropout.
+
+        Raises:
+            ValueError: ``sequences`` has another number of tokens than x.
+        """
         if not self.training:
             dropout = None
+        if self.activation_checkpointing == "full" and torch.is_grad_enabled():
+            return checkpoint_activations(self._forward, x, sequences, dropout)
+        return self._forward(x, sequences, dropout)
+
+    def _forward(
+        self, x: Tensor, sequences: PackedSequences, dropout: DropoutContext | None
+    ) -> Tensor:
         normed = self.input_norm(x)
         if self.input_dropout:
             normed = self._add(normed, None, None, self.input_stream, dropout)
@@ -132,6 +187,9 @@ class TransformerBlock(nn.Module):
     ) -> Tensor:
         if dropout is None or self.hidden_dropout == 0:
             return bias_dropout_residual(x, bias, residual)
+        row_ids = dropout.row_ids
+        if self.sequence_parallel:
+            row_ids = own_slice(row_ids, self.tp, 0)
         return bias_dropout_residual(
             x,
             bias,
@@ -139,5 +197,5 @@ class TransformerBlock(nn.Module):
             p=self.hidden_dropout,
             seed=dropout.seed,
             stream=stream,
-            row_ids=dropout.row_ids,
+            row_ids=row_ids,
         )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpcore.layers.initialization import InitMethod, draw_whole_then_shard
-from tpcore.parallel.collectives import reduce_from
+from tpcore.parallel.collectives import reduce_from, reduce_scatter_to_sequence
 from tpcore.parallel.group import TensorParallelGroup, divide
 from tpcore.parallel.sharding import Sharded, Sharding
 
@@ -28,6 +28,8 @@ class VocabParallelEmbedding(nn.Module):
         init_method: fills the full table [num_embeddings, h] in place; None: standard normal, as
             torch.nn.Embedding. Padding rows repeat the last row, so the values do not depend on how
             much padding a tensor-parallel size asks for.
+        sequence_parallel: keep this rank's share of dim 0 of the output: [t] ids, the same on every
+            rank, -> [t/tp, h], by a reduce-scatter in place of the all-reduce.
 
     Raises:
         ValueError: the group's size does not divide the number of rows, or there are fewer rows
@@ -42,6 +44,7 @@ class VocabParallelEmbedding(nn.Module):
         tp: TensorParallelGroup,
         padded_num_embeddings: int | None = None,
         init_method: InitMethod | None = None,
+        sequence_parallel: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -57,6 +60,7 @@ class VocabParallelEmbedding(nn.Module):
         self.embedding_dim = embedding_dim
         self.tp = tp
         self.init_method = init_method
+        self.sequence_parallel = sequence_parallel
         rows = divide(padded, tp.size, name)
         self.vocab_start = tp.rank * rows
         self.weight = nn.Parameter(torch.empty(rows, embedding_dim, device=device, dtype=dtype))
@@ -76,12 +80,17 @@ class VocabParallelEmbedding(nn.Module):
         """Rows are split."""
         return {"weight": Sharded(0)}
 
+    def own_unpadded_sizes(self) -> dict[str, int]:
+        """Rows that stand for an id; the others fill up the split (tpcore.checkpoint.sharded)."""
+        return {"weight": self.num_embeddings}
+
     def forward(self, ids: Tensor) -> Tensor:
-        """Ids, an integer tensor [...], -> [..., h].
+        """Ids, an integer tensor [...], -> [..., h]; sequence-parallel [t, ...] -> [t/tp, ..., h].
 
         Raises:
             ValueError: an id lies outside 0 .. num_embeddings - 1 (checked on the CPU; on other
-                devices reading the ids back would stall the device).
+                devices reading the ids back would stall the device), or a sequence-parallel t is
+                not a multiple of the group's size.
         """
         if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
             self._check_range(ids)
@@ -90,7 +99,10 @@ class VocabParallelEmbedding(nn.Module):
         local = ids - self.vocab_start
         elsewhere = (local < 0) | (local >= self.weight.shape[0])
         rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return reduce_from(rows.masked_fill(elsewhere.unsqueeze(-1), 0), self.tp)
+        rows = rows.masked_fill(elsewhere.unsqueeze(-1), 0)
+        return (reduce_scatter_to_sequence if self.sequence_parallel else reduce_from)(
+            rows, self.tp
+        )
 
     def extra_repr(self) -> str:
         return (

@@ -11,7 +11,9 @@ Written with nn.Linear's convention, Y = X A^T + b with A [out, in], for two ran
     and makes its columns of Y               and makes one term of Y, summed by an all-reduce
 
 A column-parallel layer followed by a row-parallel one needs one all-reduce forward (the sum of Y)
-and one backward (the gradient of X).
+and one backward (the gradient of X). With sequence parallelism (arXiv 2205.05198) what lies between
+such pairs holds 1/tp of the tokens: X is gathered along dim 0 before the column-parallel layer, and
+Y is reduced and scattered along dim 0 after the row-parallel one. That moves as many bytes.
 """
 
 from __future__ import annotations
@@ -21,17 +23,16 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from tpcore.layers.initialization import InitMethod, draw_whole_then_shard
+from tpcore.layers.linear_function import column_parallel_linear, linear
 from tpcore.parallel.collectives import (
+    copy_all_to,
     gather_from,
     reduce_from,
+    reduce_scatter_to_sequence,
     scatter_to,
-    start_all_reduce,
-    wait,
 )
 from tpcore.parallel.group import TensorParallelGroup, divide
 from tpcore.parallel.sharding import Replicated, Sharded, Sharding
@@ -47,6 +48,12 @@ class ColumnParallelLinear(nn.Module):
     X is the same on every rank. A frozen weight or bias computes no gradient, and an input that
     needs none starts no all-reduce.
 
+    With ``sequence_parallel`` X_r [t/tp, ..., in] is this rank's share of dim 0. It is gathered for
+    the product, but only X_r is kept, and gathered again backward:
+
+        forward     Y_r  = X A_r^T + b_r,  X = all-gather of X_r
+        backward    dX_r = reduce-scatter of dY_r A_r              runs beside dA_r
+
     Args:
         in_features: size of each input row.
         out_features: size of each full output row; a multiple of the group's size.
@@ -56,6 +63,9 @@ class ColumnParallelLinear(nn.Module):
         skip_bias_add: return (Y without bias, bias), for a kernel that adds it.
         init_method: fills the full weight [out, in] in place; the bias is zero then. None: weight
             and bias are drawn as torch.nn.Linear draws them.
+        sequence_parallel: X holds this rank's share of dim 0.
+        accumulate_main_grad: the backward adds the weight gradient to ``weight.main_grad`` and
+            leaves ``weight.grad`` None (see ``linear_function.linear``).
 
     Raises:
         ValueError: the group's size does not divide ``out_features``.
@@ -71,12 +81,16 @@ class ColumnParallelLinear(nn.Module):
         gather_output: bool = False,
         skip_bias_add: bool = False,
         init_method: InitMethod | None = None,
+        sequence_parallel: bool = False,
+        accumulate_main_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.tp = tp
+        self.sequence_parallel = sequence_parallel
+        self.accumulate_main_grad = accumulate_main_grad
         self.gather_output, self.skip_bias_add = gather_output, skip_bias_add
         self.init_method = init_method
         rows = divide(out_features, tp.size, "out_features")
@@ -89,7 +103,7 @@ class ColumnParallelLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw weight and bias whole, then keep this rank's rows."""
-        _reset_linear(self, Sharded(0), Sharded(0))
+        _reset_linear(self)
 
     def own_sharding(self) -> dict[str, Sharding]:
         """Rows of the weight and of the bias are split."""
@@ -97,10 +111,19 @@ class ColumnParallelLinear(nn.Module):
         return dict.fromkeys(names, Sharded(0))
 
     def forward(self, x: Tensor) -> Any:
-        """X [..., in] -> Y [..., out/tp] ([..., out] if gathered), or (Y, bias)."""
+        """X [..., in] -> Y [..., out/tp] ([..., out] if gathered), or (Y, bias).
+
+        Sequence-parallel: X [t/tp, ..., in] -> Y [t, ..., out/tp].
+        """
         _check_last_dim(x, self.in_features, "in_features")
-        bias = None if self.skip_bias_add else self.bias
-        y = column_parallel_linear(x, self.weight, bias, self.tp)
+        y = column_parallel_linear(
+            x,
+            self.weight,
+            None if self.skip_bias_add else self.bias,
+            self.tp,
+            sequence_parallel=self.sequence_parallel,
+            accumulate_main_grad=self.accumulate_main_grad,
+        )
         if self.gather_output:
             y = gather_from(y, self.tp)
         if not self.skip_bias_add:
@@ -134,6 +157,11 @@ class RowParallelLinear(nn.Module):
         skip_bias_add: return (Y without bias, bias), for a kernel that adds it.
         init_method: fills the full weight [out, in] in place; the bias is zero then. None: weight
             and bias are drawn as torch.nn.Linear draws them.
+        sequence_parallel: keep this rank's share of dim 0 of Y, by a reduce-scatter in place of the
+            all-reduce; dim 0 of X must be a multiple of the group's size. The gradient of the bias,
+            which sees that share only, is summed over the ranks.
+        accumulate_main_grad: the backward adds the weight gradient to ``weight.main_grad`` and
+            leaves ``weight.grad`` None (see ``linear_function.linear``).
 
     Raises:
         ValueError: the group's size does not divide ``in_features``.
@@ -149,12 +177,16 @@ class RowParallelLinear(nn.Module):
         input_is_parallel: bool = True,
         skip_bias_add: bool = False,
         init_method: InitMethod | None = None,
+        sequence_parallel: bool = False,
+        accumulate_main_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.tp = tp
+        self.sequence_parallel = sequence_parallel
+        self.accumulate_main_grad = accumulate_main_grad
         self.input_is_parallel, self.skip_bias_add = input_is_parallel, skip_bias_add
         self.init_method = init_method
         columns = divide(in_features, tp.size, "in_features")
@@ -168,24 +200,33 @@ class RowParallelLinear(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw weight and bias whole, then keep this rank's columns (and the whole bias)."""
-        _reset_linear(self, Sharded(1), Replicated())
+        _reset_linear(self)
 
     def own_sharding(self) -> dict[str, Sharding]:
         """Columns of the weight are split; the bias is replicated."""
         return {"weight": Sharded(1)}
 
     def forward(self, x: Tensor) -> Any:
-        """X [..., in/tp] ([..., in] if it is not parallel) -> Y [..., out], or (Y, bias)."""
+        """X [..., in/tp] ([..., in] if it is not parallel) -> Y [..., out], or (Y, bias).
+
+        Sequence-parallel: X [t, ..., in/tp] -> Y [t/tp, ..., out].
+        """
         if self.input_is_parallel:
             _check_last_dim(x, self.in_features // self.tp.size, "in_features / tp.size")
         else:
             _check_last_dim(x, self.in_features, "in_features")
             x = scatter_to(x, self.tp)
-        y = reduce_from(F.linear(x, self.weight), self.tp)
+        y = linear(x, self.weight, accumulate_main_grad=self.accumulate_main_grad)
+        bias: Tensor | None = self.bias
+        if self.sequence_parallel:
+            y = reduce_scatter_to_sequence(y, self.tp)
+            (bias,) = copy_all_to((bias,), self.tp)
+        else:
+            y = reduce_from(y, self.tp)
         if self.skip_bias_add:
-            return y, self.bias
+            return y, bias
         # The cast keeps autocast's low-precision output from being promoted by a float32 bias.
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return (
@@ -194,61 +235,7 @@ class RowParallelLinear(nn.Module):
         )
 
 
-def column_parallel_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallelGroup
-) -> Tensor:
-    """X A_r^T + b_r, with an all-reduce of dX that overlaps dA_r (see ColumnParallelLinear).
-
-    Args:
-        x: [..., in], the same on every rank.
-        weight: [out/tp, in], this rank's rows.
-        bias: [out/tp] or None.
-        tp: the ranks that hold the other rows.
-
-    Under autocast the three are cast to its dtype first, as F.linear does.
-    """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        # Here and not inside the Function: its backward runs outside autocast, and the casts need
-        # gradients of their own.
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    return _ColumnParallelLinear.apply(x, weight, bias, tp)
-
-
-class _ColumnParallelLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tp: TensorParallelGroup
-    ) -> Tensor:
-        needs_x, needs_weight = ctx.needs_input_grad[:2]
-        ctx.tp = tp
-        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_x = grad_weight = grad_bias = None
-        grad_rows = grad_y.reshape(-1, grad_y.shape[-1])
-        if needs_x:
-            grad_x = grad_y.matmul(weight)
-            if ctx.tp.size > 1:
-                grad_x = start_all_reduce(grad_x, ctx.tp)
-        if needs_weight:
-            grad_weight = grad_rows.t().mm(x.reshape(-1, x.shape[-1]))
-        if needs_bias:
-            grad_bias = grad_rows.sum(0)
-        if grad_x is not None and ctx.tp.size > 1:
-            grad_x = wait(grad_x)
-        return grad_x, grad_weight, grad_bias, None
-
-
-def _reset_linear(
-    layer: ColumnParallelLinear | RowParallelLinear, weight: Sharding, bias: Sharding
-) -> None:
+def _reset_linear(layer: ColumnParallelLinear | RowParallelLinear) -> None:
     # torch.nn.Linear: kaiming_uniform_(a=sqrt(5)), and a bias uniform within 1/sqrt(in).
     init_weight = layer.init_method or partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
     bound = 1 / math.sqrt(layer.in_features) if layer.in_features else 0.0
@@ -256,9 +243,11 @@ def _reset_linear(
         nn.init.zeros_ if layer.init_method else partial(nn.init.uniform_, a=-bound, b=bound)
     )
     shape = (layer.out_features, layer.in_features)
-    draw_whole_then_shard(layer.weight, shape, weight, layer.tp, init_weight)
+    shardings = layer.own_sharding()
+    draw_whole_then_shard(layer.weight, shape, shardings["weight"], layer.tp, init_weight)
     if layer.bias is not None:
-        draw_whole_then_shard(layer.bias, shape[:1], bias, layer.tp, init_bias)
+        sharding = shardings.get("bias", Replicated())
+        draw_whole_then_shard(layer.bias, shape[:1], sharding, layer.tp, init_bias)
 
 
 def _check_last_dim(x: Tensor, expected: int, meaning: str) -> None:

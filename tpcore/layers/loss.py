@@ -18,11 +18,12 @@ def vocab_parallel_cross_entropy(
     num_classes: int | None = None,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Per-token loss from this rank's columns of the logits; the full row never exists anywhere.
 
-        loss = log(sum_j exp(z_j)) - (1 - e) z_target - (e / V) sum_j z_j        j over all V
-        classes
+        L    = log(sum_j exp(z_j))                                 j over all V classes
+        loss = L - (1 - e) z_target - (e / V) sum_j z_j + w L^2
 
     Each rank reduces its own columns to four numbers per token: maximum, sum of exponentials,
     target's logit (0 if it is elsewhere) and sum of logits. Two all-reduces join them: the maximum,
@@ -37,6 +38,7 @@ def vocab_parallel_cross_entropy(
             all columns.
         ignore_index: a target that adds no loss and no gradient.
         label_smoothing: e, 0 <= e < 1.
+        z_loss: w, 0 or more; keeps L near 0 (arXiv 2204.02311).
 
     Returns:
         float32 [t], the same on every rank; 0 where the target is ignore_index.
@@ -59,5 +61,6 @@ def vocab_parallel_cross_entropy(
         num_classes=num_columns * tp.size if num_classes is None else num_classes,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
+        z_loss=z_loss,
         combine=None if tp.size == 1 else combine,
     )

@@ -29,6 +29,9 @@ class MLP(nn.Module):
             onnx_safe); they differ in the fourth digit and are never swapped silently.
         init_method: fills the full weight of dense_in; None: as torch.nn.Linear.
         output_init_method: fills the full weight of dense_out; None: as init_method.
+        sequence_parallel: x and y are this rank's share of the tokens, [t/tp, h]; the all-reduce
+            becomes an all-gather before and a reduce-scatter after.
+        accumulate_main_grad: see ColumnParallelLinear.
 
     Raises:
         ValueError: the group's size does not divide ``intermediate_size``, or ``gelu`` is unknown.
@@ -44,6 +47,8 @@ class MLP(nn.Module):
         bias: bool = True,
         init_method: InitMethod | None = None,
         output_init_method: InitMethod | None = None,
+        sequence_parallel: bool = False,
+        accumulate_main_grad: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -59,6 +64,8 @@ class MLP(nn.Module):
             bias=bias,
             skip_bias_add=True,
             init_method=init_method,
+            sequence_parallel=sequence_parallel,
+            accumulate_main_grad=accumulate_main_grad,
             device=device,
             dtype=dtype,
         )
@@ -69,11 +76,13 @@ class MLP(nn.Module):
             bias=bias,
             skip_bias_add=True,
             init_method=output_init_method or init_method,
+            sequence_parallel=sequence_parallel,
+            accumulate_main_grad=accumulate_main_grad,
             device=device,
             dtype=dtype,
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """X [t, h] -> (y [t, h] without bias, bias [h] or None)."""
+        """X [t, h] -> (y [t, h] without bias, bias [h] or None); [t/tp, h] sequence-parallel."""
         y, bias = self.dense_in(x)
         return self.dense_out(bias_gelu(y, bias, self.gelu))

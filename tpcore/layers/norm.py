@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from tpcore.kernels import layer_norm
+from tpcore.parallel.collectives import copy_all_to
+from tpcore.parallel.group import TensorParallelGroup
 
 
 class LayerNorm(nn.Module):
@@ -21,6 +23,12 @@ class LayerNorm(nn.Module):
         eps: added to the variance.
         elementwise_affine: whether there is a weight (and a bias).
         bias: whether there is a bias beside the weight.
+        sequence_parallel: x holds only this rank's share of the tokens, so the gradients of weight
+            and bias are parts of a sum; one all-reduce over ``tp`` takes it.
+        tp: the ranks that share the tokens; only sequence parallelism needs it.
+
+    Raises:
+        ValueError: ``sequence_parallel`` without ``tp``.
     """
 
     def __init__(
@@ -30,6 +38,8 @@ class LayerNorm(nn.Module):
         *,
         elementwise_affine: bool = True,
         bias: bool = True,
+        tp: TensorParallelGroup | None = None,
+        sequence_parallel: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -39,6 +49,12 @@ class LayerNorm(nn.Module):
         )
         self.normalized_shape = shape
         self.eps = eps
+        if sequence_parallel and tp is None:
+            raise ValueError(
+                "sequence_parallel=True needs tp, the ranks over which gradients are summed"
+            )
+        self.tp = tp
+        self.sequence_parallel = sequence_parallel
 
         def parameter(wanted: bool) -> nn.Parameter | None:
             return nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if wanted else None
@@ -57,9 +73,11 @@ class LayerNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(
-            x, self.weight, self.bias, self.eps, normalized_shape=self.normalized_shape
-        )
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
+        if self.sequence_parallel and self.tp is not None:
+            weight, bias = copy_all_to((weight, bias), self.tp)
+        return layer_norm(x, weight, bias, self.eps, normalized_shape=self.normalized_shape)
 
     def extra_repr(self) -> str:
         return f"{self.normalized_shape}, eps={self.eps}, affine={self.weight is not None}"

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpcore.kernels import bias_dropout_residual
-from tpcore.layers.block import TransformerBlock
+from tpcore.layers.block import ActivationCheckpointing, TransformerBlock
 from tpcore.layers.embedding import VocabParallelEmbedding
 from tpcore.layers.norm import LayerNorm
 from tpcore.models.config import BertConfig, padded_vocab_size_for
 from tpcore.models.heads import Head
 from tpcore.models.output import BertOutput
 from tpcore.models.packing import PackedBatch, pack, unpack
+from tpcore.parallel.collectives import copy_all_to, gather_from, own_slice
 from tpcore.parallel.group import TensorParallelGroup
 from tpcore.parallel.random import DropoutContext, Site, dropout_stream
 from tpcore.parallel.sharding import Sharding, sharding_table
@@ -33,6 +34,21 @@ class BertModel(nn.Module):
     With `tp` of more than one rank every rank builds this model and calls it with the same batch;
     weights are drawn whole from torch's default generator and then sharded, so equal seeds on all
     ranks give the same model at every size.
+
+    Args:
+        config: sizes and switches.
+        tp: the ranks that share the weights; None: this process alone.
+        head: what comes on top of the encoder.
+        device: where the parameters live.
+        dtype: of the parameters.
+        sequence_parallel: outside of attention and the matrix products each rank computes its
+            share of the tokens, [t/tp, h], and keeps that share alone for the backward. The number
+            of tokens is filled up to a multiple of the group's size by a dummy sequence that
+            nothing returned depends on, unless `pack` has done so. Outputs are whole, as without.
+        activation_checkpointing: what the blocks compute again in the backward; see
+            TransformerBlock.
+        accumulate_main_grad: the linear layers of the blocks add their weight gradients to
+            `weight.main_grad`; see ColumnParallelLinear.
     """
 
     def __init__(
@@ -43,12 +59,18 @@ class BertModel(nn.Module):
         head: Head | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        sequence_parallel: bool = False,
+        activation_checkpointing: ActivationCheckpointing = None,
+        accumulate_main_grad: bool = False,
     ) -> None:
         super().__init__()
         tp = TensorParallelGroup.single() if tp is None else tp
         self.config = config
         self.tp = tp
-        self.embeddings = Embeddings(config, tp=tp, device=device, dtype=dtype)
+        self.sequence_parallel = sequence_parallel
+        self.embeddings = Embeddings(
+            config, tp=tp, sequence_parallel=sequence_parallel, device=device, dtype=dtype
+        )
         self.blocks = nn.ModuleList(
             TransformerBlock(
                 config.hidden_size,
@@ -64,13 +86,21 @@ class BertModel(nn.Module):
                 input_dropout=config.embedding_dropout_after_norm and i == 0,
                 num_layers=config.num_layers,
                 init_std=config.init_std,
+                sequence_parallel=sequence_parallel,
+                accumulate_main_grad=accumulate_main_grad,
+                activation_checkpointing=activation_checkpointing,
                 device=device,
                 dtype=dtype,
             )
             for i in range(config.num_layers)
         )
         self.final_norm = LayerNorm(
-            config.hidden_size, config.layernorm_eps, device=device, dtype=dtype
+            config.hidden_size,
+            config.layernorm_eps,
+            tp=tp,
+            sequence_parallel=sequence_parallel,
+            device=device,
+            dtype=dtype,
         )
         self.pooler = Pooler(config, device=device, dtype=dtype) if config.add_pooler else None
         self.head = head
@@ -105,14 +135,24 @@ class BertModel(nn.Module):
     def forward_packed(
         self, packed: PackedBatch, labels: Any = None, seed: Tensor | int | None = None
     ) -> BertOutput:
-        """Encode packed tokens; per-token results stay packed, `[t, ...]`."""
+        """Encode packed tokens; per-token results, and labels, stay packed, `[t, ...]`.
+
+        A dummy sequence at the end of the batch is no part of them.
+        """
         if labels is not None and self.head is None:
             raise ValueError("labels were given, but this model has no head; build it with one")
+        if self.sequence_parallel:
+            packed = packed.padded_to(self.tp.size)
         dropout = self._dropout_context(packed, seed)
         x = self.embeddings(packed, dropout)
         for block in self.blocks:
             x = block(x, packed.sequences, dropout)
         x = self.final_norm(x)
+        if self.sequence_parallel:
+            x = gather_from(x, self.tp, dim=0)
+        if packed.num_padding:
+            x = x[: packed.num_real_tokens]
+            packed = packed.without_padding()
         pooled = None if self.pooler is None else self.pooler(x[packed.first_tokens])
         output = BertOutput(last_hidden_state=x, pooler_output=pooled)
         if self.head is None:
@@ -144,10 +184,13 @@ class Embeddings(nn.Module):
         config: BertConfig,
         *,
         tp: TensorParallelGroup,
+        sequence_parallel: bool = False,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        self.tp = tp
+        self.sequence_parallel = sequence_parallel
         hidden, std = config.hidden_size, config.init_std
         self.dropout = 0.0 if config.embedding_dropout_after_norm else config.hidden_dropout
         self.stream = dropout_stream(config.num_layers, Site.EMBEDDING)
@@ -158,6 +201,7 @@ class Embeddings(nn.Module):
             padded_num_embeddings=config.padded_vocab_size
             or padded_vocab_size_for(config.vocab_size, tp.size),
             init_method=partial(nn.init.normal_, std=std),
+            sequence_parallel=sequence_parallel,
             device=device,
             dtype=dtype,
         )
@@ -172,20 +216,31 @@ class Embeddings(nn.Module):
 
     def forward(self, packed: PackedBatch, dropout: DropoutContext | None) -> Tensor:
         positions = self.position_embeddings.num_embeddings
-        longest = max(packed.sequences.lengths)
+        lengths = packed.sequences.lengths
+        longest = max(lengths[:-1] if packed.num_padding else lengths)
         if longest > positions:
             raise ValueError(
                 f"a sequence of {longest} tokens exceeds max_position_embeddings={positions}; "
                 "truncate it or split it into windows"
             )
         x = self.word_embeddings(packed.input_ids)
-        x = x + F.embedding(packed.position_ids, self.position_embeddings.weight)
-        if self.token_type_embeddings is not None:
-            x = x + F.embedding(packed.token_type_ids, self.token_type_embeddings.weight)
+        position_ids, type_ids = packed.position_ids, packed.token_type_ids
+        row_ids = packed.row_ids
+        types = self.token_type_embeddings
+        tables = [self.position_embeddings.weight, None if types is None else types.weight]
+        if self.sequence_parallel:
+            # x is this rank's share of the tokens already.
+            position_ids, type_ids, row_ids = (
+                own_slice(ids, self.tp, 0) for ids in (position_ids, type_ids, row_ids)
+            )
+            tables = copy_all_to(tables, self.tp)
+        for ids, table in zip((position_ids, type_ids), tables, strict=True):
+            if table is not None:
+                x = x + F.embedding(ids, table)
         if dropout is None or self.dropout == 0:
             return x
         return bias_dropout_residual(
-            x, p=self.dropout, seed=dropout.seed, stream=self.stream, row_ids=dropout.row_ids
+            x, p=self.dropout, seed=dropout.seed, stream=self.stream, row_ids=row_ids
         )
 
 

@@ -2,10 +2,15 @@
 
 The encoder runs on packed tokens: the real tokens of all sequences, one after the other, with
 the boundaries beside them. Padding exists only at the border, for callers who want rectangles.
+
+One exception: where the number of tokens must be a multiple of something (sequence parallelism
+splits the tokens over ranks; a compiled graph is made once for each number), one dummy sequence is
+added at the end. The encoder computes it, and nothing that a model returns depends on it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,15 +37,69 @@ class PackedBatch:
     shape: tuple[int, int] | None = None
     """(b, s) of the rectangle this came from, None when it never was one."""
     padded_index: Tensor | None = None
-    """int64 [t]: where each token stands in the flattened rectangle."""
+    """int64, for each real token: where it stands in the flattened rectangle."""
+    num_padding: int = 0
+    """Tokens of the dummy sequence, which is the last one; 0: there is none."""
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
     @property
+    def num_real_tokens(self) -> int:
+        """Tokens without those of the dummy sequence."""
+        return len(self) - self.num_padding
+
+    @property
     def first_tokens(self) -> Tensor:
-        """int64 [b]: the packed index of each sequence's first token."""
-        return self.sequences.cu_seqlens[:-1].long()
+        """int64 [b]: the packed index of each real sequence's first token."""
+        return self.sequences.cu_seqlens[: -2 if self.num_padding else -1].long()
+
+    def without_padding(self) -> PackedBatch:
+        """The same batch without the dummy sequence."""
+        if not self.num_padding:
+            return self
+        real = self.num_real_tokens
+        return dataclasses.replace(
+            self,
+            input_ids=self.input_ids[:real],
+            token_type_ids=self.token_type_ids[:real],
+            position_ids=self.position_ids[:real],
+            row_ids=self.row_ids[:real],
+            sequences=PackedSequences(self.sequences.cu_seqlens[:-1], self.sequences.lengths[:-1]),
+            num_padding=0,
+        )
+
+    def padded_to(self, multiple: int) -> PackedBatch:
+        """The same batch with a number of tokens that is a multiple of ``multiple``.
+
+        The dummy sequence repeats token id 0 at position 0; a batch that fits gets none.
+
+        Raises:
+            ValueError: ``multiple`` is no positive number.
+        """
+        if multiple < 1:
+            raise ValueError(f"pad_to_multiple={multiple}; expected 1 or more")
+        if len(self) % multiple == 0:
+            return self
+        batch = self.without_padding()
+        missing = -len(batch) % multiple
+        if missing == 0:
+            return batch
+
+        def extended(x: Tensor) -> Tensor:
+            return torch.cat((x, x.new_zeros(missing)))
+
+        return dataclasses.replace(
+            batch,
+            input_ids=extended(batch.input_ids),
+            token_type_ids=extended(batch.token_type_ids),
+            position_ids=extended(batch.position_ids),
+            row_ids=extended(batch.row_ids),
+            sequences=PackedSequences.from_lengths(
+                (*batch.sequences.lengths, missing), batch.input_ids.device
+            ),
+            num_padding=missing,
+        )
 
 
 def pack(
@@ -48,6 +107,8 @@ def pack(
     attention_mask: Tensor | None = None,
     token_type_ids: Tensor | None = None,
     sample_ids: Tensor | None = None,
+    *,
+    pad_to_multiple: int = 1,
 ) -> PackedBatch:
     """Drop the padding of a rectangular batch.
 
@@ -57,6 +118,8 @@ def pack(
             real. Padding may stand anywhere in a row; a token keeps the position of its column.
         token_type_ids: int [b, s]; None: zeros.
         sample_ids: int64 [b], names of the samples for the dropout key; None: 0 .. b-1.
+        pad_to_multiple: what the number of tokens must be a multiple of; a dummy sequence fills it
+            up. Sequence parallelism needs a multiple of the group's size.
 
     Raises:
         ValueError: shapes do not match, ids are no integers, `attention_mask` holds other values
@@ -106,7 +169,7 @@ def pack(
         sequences=PackedSequences.from_lengths(lengths, device),
         shape=(batch, length),
         padded_index=padded_index,
-    )
+    ).padded_to(pad_to_multiple)
 
 
 def pack_sequences(
@@ -114,6 +177,8 @@ def pack_sequences(
     token_type_ids: Sequence[Sequence[int]] | None = None,
     sample_ids: Sequence[int] | None = None,
     device: torch.device | str | None = None,
+    *,
+    pad_to_multiple: int = 1,
 ) -> PackedBatch:
     """Pack lists of token ids; the batch never is a rectangle.
 
@@ -121,7 +186,8 @@ def pack_sequences(
         input_ids: one list of ids for each sequence, none of them empty.
         token_type_ids: lists of the same lengths; None: zeros.
         sample_ids: one integer for each sequence, its name in the dropout key; None: 0, 1, ...
-        device: where the packed tensors live.
+        device: where the packed tensors live; None: torch's default device.
+        pad_to_multiple: as in ``pack``.
 
     Raises:
         ValueError: no sequence, an empty one, or lengths that differ.
@@ -151,12 +217,14 @@ def pack_sequences(
         token_type_ids=flat_types.to(device),
         position_ids=positions.to(device),
         row_ids=row_ids.to(device),
-        sequences=PackedSequences.from_lengths(lengths, torch.device(device or "cpu")),
-    )
+        sequences=PackedSequences.from_lengths(lengths, device),
+    ).padded_to(pad_to_multiple)
 
 
 def unpack(x: Tensor, packed: PackedBatch) -> Tensor:
     """Packed `[t, ...]` back to the rectangle `[b, s, ...]`, with zeros at padding.
+
+    `x` has the real tokens alone, as all that a model returns.
 
     Raises:
         ValueError: `packed` did not come from a rectangle.

@@ -7,6 +7,7 @@ from tpcore.parallel.collectives import (
     all_reduce,
     barrier,
     broadcast,
+    copy_all_to,
     copy_to,
     gather_from,
     gather_from_sequence,
@@ -23,7 +24,15 @@ from tpcore.parallel.group import (
     divide,
     init_parallel,
 )
-from tpcore.parallel.random import DropoutContext, Site, dropout_stream, make_row_ids, step_seed
+from tpcore.parallel.random import (
+    DropoutContext,
+    RandomStreams,
+    Site,
+    dropout_stream,
+    make_row_ids,
+    step_seed,
+)
+from tpcore.parallel.recompute import checkpoint_activations
 from tpcore.parallel.sharding import (
     Replicated,
     Sharded,
@@ -41,6 +50,7 @@ __all__ = [
     "DataParallelGroup",
     "DropoutContext",
     "ParallelGroup",
+    "RandomStreams",
     "Replicated",
     "Sharded",
     "ShardedQKV",
@@ -51,6 +61,8 @@ __all__ = [
     "all_reduce",
     "barrier",
     "broadcast",
+    "checkpoint_activations",
+    "copy_all_to",
     "copy_to",
     "destroy_parallel",
     "divide",

@@ -12,6 +12,7 @@ all-gather takes the place of f and the reduce-scatter that of g.
     gather_from_sequence        f  all-gather dim 0        reduce-scatter dim 0    shards -> copies
     reduce_scatter_to_sequence  g  reduce-scatter dim 0    all-gather dim 0        parts -> shards
     scatter_to_sequence            own slice of dim 0      all-gather dim 0        one -> shards
+    copy_all_to                    copy_to of several tensors, whose gradients share one all-reduce
 
 "one" is a value that every rank holds and every rank uses in the same way (its gradient is the same
 on all of them); "copies" are used by each rank differently (their gradients are parts of a sum);
@@ -24,6 +25,7 @@ others through the functional collectives of torch: gloo or NCCL, eager or compi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -53,8 +55,23 @@ def start_all_reduce(x: Tensor, group: ParallelGroup, op: ReduceOp = "sum") -> T
     return _transport(x, group, reduces=True).start_all_reduce(x, op)
 
 
+def start_all_gather(x: Tensor, group: ParallelGroup) -> Tensor:
+    """Begin an all-gather along dim 0, as ``start_all_reduce`` begins an all-reduce."""
+    return _transport(x, group).start_all_gather(x)
+
+
+def start_reduce_scatter(x: Tensor, group: ParallelGroup) -> Tensor:
+    """Begin a reduce-scatter along dim 0, as ``start_all_reduce`` begins an all-reduce.
+
+    Raises:
+        ValueError: the first dimension is not a multiple of the group's size.
+    """
+    divide(x.shape[0], group.size, "the size of dim 0")
+    return _transport(x, group, reduces=True).start_reduce_scatter(x)
+
+
 def wait(started: Tensor) -> Tensor:
-    """The finished result of ``start_all_reduce``; must be called before the result is used."""
+    """The finished result of a ``start_...`` function; call it before the result is used."""
     if not torch.compiler.is_compiling() and shared_memory.finish(started):
         return started
     return torch.ops._c10d_functional.wait_tensor(started)
@@ -109,6 +126,19 @@ def barrier(group: ParallelGroup) -> None:
 def copy_to(x: Tensor, tp: TensorParallelGroup) -> Tensor:
     """Identity forward, all-reduce backward: every rank goes on with its own shard of a weight."""
     return x if tp.size == 1 else _CopyTo.apply(x, tp)
+
+
+def copy_all_to(tensors: Sequence[Tensor | None], tp: TensorParallelGroup) -> list[Tensor | None]:
+    """copy_to for several tensors at once; None, and what needs no gradient, stays as it is.
+
+    For replicated parameters that see only this rank's share of the tokens: their gradients are
+    parts of a sum, which one all-reduce takes for all of them.
+    """
+    trained = [x for x in tensors if x is not None and x.requires_grad]
+    if tp.size == 1 or not trained:
+        return list(tensors)
+    copies = iter(_CopyAllTo.apply(tp, *trained))
+    return [x if x is None or not x.requires_grad else next(copies) for x in tensors]
 
 
 def reduce_from(x: Tensor, tp: TensorParallelGroup) -> Tensor:
@@ -174,6 +204,19 @@ class _CopyTo(torch.autograd.Function):
         return all_reduce(grad_output, ctx.tp), None
 
 
+class _CopyAllTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tp: TensorParallelGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.tp = tp
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        joined = all_reduce(torch.cat([grad.reshape(-1) for grad in grads]), ctx.tp)
+        pieces = joined.split([grad.numel() for grad in grads])
+        return None, *(p.view(g.shape).to(g.dtype) for p, g in zip(pieces, grads, strict=True))
+
+
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: TensorParallelGroup) -> Tensor:
@@ -234,11 +277,20 @@ class _ReduceScatterToSequence(torch.autograd.Function):
 def _transport(x: Tensor, group: ParallelGroup, *, reduces: bool = False) -> Any:
     if x.device.type == "cpu" and (not reduces or x.dtype in shared_memory.REDUCED_DTYPES):
         if torch.compiler.is_compiling():
-            return _Traced(group)
+            # One rank that says no is enough, so this one need not ask the others.
+            return _Functional(group) if group.shared_memory is False else _Traced(group)
         channel = shared_memory.channel_of(group)
         if channel is not None:
             return channel
+    if x.is_cuda and not torch.compiler.is_compiling() and _is_gloo(group):
+        return _Staged(group)
     return _Functional(group)
+
+
+def _is_gloo(group: ParallelGroup) -> bool:
+    """Whether gloo is in charge of CUDA tensors: ranks share a GPU, which NCCL refuses."""
+    assert group.process_group is not None
+    return group.process_group._get_backend(torch.device("cuda")).name() == "gloo"
 
 
 class _Functional:
@@ -258,15 +310,51 @@ class _Functional:
         wait(torch.ops._c10d_functional.all_reduce_(x, op, self._name))
 
     def all_gather(self, x: Tensor) -> Tensor:
+        return wait(self.start_all_gather(x))
+
+    def start_all_gather(self, x: Tensor) -> Tensor:
         op = torch.ops._c10d_functional.all_gather_into_tensor
-        return wait(op(x.contiguous(), self._size, self._name))
+        return op(x.contiguous(), self._size, self._name)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
+        return wait(self.start_reduce_scatter(x))
+
+    def start_reduce_scatter(self, x: Tensor) -> Tensor:
         op = torch.ops._c10d_functional.reduce_scatter_tensor
-        return wait(op(x.contiguous(), "sum", self._size, self._name))
+        return op(x.contiguous(), "sum", self._size, self._name)
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         return wait(torch.ops._c10d_functional.broadcast(x.contiguous(), source, self._name))
+
+
+class _Staged:
+    """CUDA tensors by way of host memory: gloo itself knows only some collectives of them."""
+
+    def __init__(self, group: ParallelGroup) -> None:
+        self._group = group
+
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
+        host = x.cpu()
+        return _transport(host, self._group, reduces=True).all_reduce(host, op).to(x.device)
+
+    def all_reduce_in_place(self, x: Tensor, op: str) -> None:
+        x.copy_(self.all_reduce(x, op))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        host = x.cpu()
+        return _transport(host, self._group).all_gather(host).to(x.device)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        host = x.cpu()
+        return _transport(host, self._group, reduces=True).reduce_scatter(host).to(x.device)
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        host = x.cpu()
+        return _transport(host, self._group).broadcast(host, source).to(x.device)
+
+    # Done when they return: `wait` finds nothing to wait for.
+    start_all_reduce, start_all_gather = all_reduce, all_gather
+    start_reduce_scatter = reduce_scatter
 
 
 class _Traced:
@@ -292,8 +380,14 @@ class _Traced:
     def all_gather(self, x: Tensor) -> Tensor:
         return torch.ops.tpcore.collective(x, "all_gather", "", 0, *self._group)
 
+    def start_all_gather(self, x: Tensor) -> Tensor:
+        return self.all_gather(x)
+
     def reduce_scatter(self, x: Tensor) -> Tensor:
         return torch.ops.tpcore.collective(x, "reduce_scatter", "", 0, *self._group)
+
+    def start_reduce_scatter(self, x: Tensor) -> Tensor:
+        return self.reduce_scatter(x)
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         return torch.ops.tpcore.collective(x, "broadcast", "", source, *self._group)

@@ -4,10 +4,20 @@ Dropout bits are a pure function of a seed and of global coordinates: which toke
 which column, which head, which place in the network (``dropout_stream``). They do not depend on how
 tokens are packed, on which rank holds a column or on how many draws came before, so any tensor- or
 data-parallel size drops the same elements.
+
+Layers that draw from torch's own generators (nn.Dropout, torch.rand) have no such key. For them
+``RandomStreams`` keeps several named streams side by side:
+
+    streams = RandomStreams("cpu")
+    streams.add("sharded", seed + 2718 + tp.rank)      another stream on each rank
+    with streams.fork("sharded"):
+        x = F.dropout(x, 0.1)                          the default stream outside goes on unmoved
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -105,3 +115,115 @@ def dropout_stream(layer_number: int, site: Site) -> int:
             f"{MAX_STREAM // _SITES_PER_LAYER - 1}"
         )
     return stream
+
+
+class RandomStreams:
+    """Named streams of torch's default generator on one device, one of them running at a time.
+
+    A stream is the state of a generator. ``fork`` puts it into the device's default generator, so
+    that everything inside the ``with`` block draws from it, and takes it out again; what was
+    running before goes on where it was. Forks nest, also into a stream that is running already.
+
+    Args:
+        device: "cpu", or a CUDA device, whose generator the streams are for.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self._states: dict[str, Tensor] = {}
+        self._seeds: dict[str, int] = {}
+        self._running: list[str] = []
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The streams, in the order in which they were added."""
+        return tuple(self._states)
+
+    def add(self, name: str, seed: int) -> None:
+        """A new stream, as torch.manual_seed(seed) begins it.
+
+        Raises:
+            ValueError: there is a stream of that name, or one of that seed: both would draw the
+                same numbers.
+        """
+        if name in self._states:
+            raise ValueError(f"there is a stream {name!r} already; streams: {self._listed()}")
+        for other, used in self._seeds.items():
+            if used == seed:
+                raise ValueError(
+                    f"seed={seed} of the stream {name!r} is that of {other!r}: both would draw the "
+                    "same numbers; pass another seed"
+                )
+        self._states[name] = torch.Generator(self.device).manual_seed(seed).get_state()
+        self._seeds[name] = seed
+
+    @contextmanager
+    def fork(self, name: str) -> Iterator[None]:
+        """Draw from the stream ``name`` inside the ``with`` block.
+
+        Raises:
+            ValueError: there is no such stream.
+        """
+        if name not in self._states:
+            raise ValueError(
+                f"there is no stream {name!r}; add(name, seed) first; streams: {self._listed()}"
+            )
+        before = self._get_default()
+        self._put_aside(before)
+        self._running.append(name)
+        self._set_default(self._states[name])
+        try:
+            yield
+        finally:
+            self._put_aside(self._get_default())
+            self._running.pop()
+            # A stream that was forked inside itself goes on behind what was drawn inside.
+            outer = self._states.get(self._running[-1]) if self._running else None
+            self._set_default(before if outer is None else outer)
+
+    def get_states(self) -> dict[str, Tensor]:
+        """Copies of all states: uint8 tensors on the CPU, by name."""
+        self._put_aside(self._get_default())
+        return {name: state.clone() for name, state in self._states.items()}
+
+    def set_states(self, states: Mapping[str, Tensor]) -> None:
+        """Replace all streams by these, also those that are running.
+
+        Raises:
+            ValueError: a stream that is running is not among them.
+        """
+        missing = [name for name in self._running if name not in states]
+        if missing:
+            raise ValueError(f"states has no {missing[0]!r}, which is running")
+        self._states = {name: state.clone() for name, state in states.items()}
+        self._seeds = {name: seed for name, seed in self._seeds.items() if name in states}
+        if self._running:
+            self._set_default(self._states[self._running[-1]])
+
+    def reset(self) -> None:
+        """Forget all streams.
+
+        Raises:
+            ValueError: one of them is running.
+        """
+        if self._running:
+            raise ValueError(f"the stream {self._running[-1]!r} is running; leave its fork first")
+        self._states, self._seeds = {}, {}
+
+    def _listed(self) -> str:
+        return ", ".join(map(repr, self._states)) or "none"
+
+    def _put_aside(self, state: Tensor) -> None:
+        if self._running:
+            self._states[self._running[-1]] = state
+
+    def _get_default(self) -> Tensor:
+        if self.device.type == "cpu":
+            return torch.get_rng_state()
+        return torch.cuda.get_rng_state(self.device)
+
+    def _set_default(self, state: Tensor) -> None:
+        if self.device.type == "cpu":
+            torch.set_rng_state(state)
+        else:
+            torch.cuda.set_rng_state(state, self.device)

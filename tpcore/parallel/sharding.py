@@ -7,6 +7,7 @@ unshard, then shard.
     Sharded(0)     rows:  rank r holds full[r * n/size : (r + 1) * n/size]
     Sharded(1)     columns, likewise
     ShardedQKV(0)  full = [all q | all k | all v] along dim; rank r holds [its q | its k | its v]
+    ShardedParts(0, 2)  the same for any number of parts (a gate and its values: Megatron's stride)
     Replicated()   every rank holds the full tensor
 
 The table lives in the modules (``own_sharding()``) and not in attributes of the tensors: those are
@@ -44,16 +45,32 @@ class ShardedQKV:
     dim: int = 0
 
 
-Sharding: TypeAlias = Replicated | Sharded | ShardedQKV
+@dataclass(frozen=True)
+class ShardedParts:
+    """The full tensor is ``parts`` equal blocks along ``dim``, and each block is sharded.
+
+    Megatron-LM calls the number of blocks the stride of a partition.
+    """
+
+    dim: int
+    parts: int
+
+
+Sharding: TypeAlias = Replicated | Sharded | ShardedQKV | ShardedParts
 
 _QKV_PARTS = 3
 
 
-def _parts(sharding: Sharded | ShardedQKV) -> int:
+def num_parts(sharding: Sharded | ShardedQKV | ShardedParts) -> int:
+    """Number of blocks, each of which is split over the ranks by itself."""
+    if isinstance(sharding, ShardedParts):
+        return sharding.parts
     return _QKV_PARTS if isinstance(sharding, ShardedQKV) else 1
 
 
-def _check_dim(shape: Sequence[int], sharding: Sharded | ShardedQKV, name: str) -> int:
+def _check_dim(
+    shape: Sequence[int], sharding: Sharded | ShardedQKV | ShardedParts, name: str
+) -> int:
     if not -len(shape) <= sharding.dim < len(shape):
         raise ValueError(
             f"{name} of shape {list(shape)} has no dim {sharding.dim} to shard; got {sharding}"
@@ -73,11 +90,11 @@ def shard_shape(
     if isinstance(sharding, Replicated):
         return tuple(shape)
     dim = _check_dim(shape, sharding, name)
-    parts = _parts(sharding)
+    parts = num_parts(sharding)
     if shape[dim] % parts:
         raise ValueError(
-            f"{name} of shape {shape} cannot be [all q | all k | all v]: dim {dim} has "
-            f"{shape[dim]} entries, which 3 does not divide"
+            f"{name} of shape {shape} cannot be {_in_words(parts, 'all ')}: dim {dim} has "
+            f"{shape[dim]} entries, which {parts} does not divide"
         )
     shape[dim] = parts * divide(shape[dim] // parts, size, f"dim {dim} of {name}")
     return tuple(shape)
@@ -102,7 +119,7 @@ def shard(
 ) -> Tensor:
     """The part of ``full`` that ``rank`` of ``size`` holds.
 
-    A view of ``full``, except for ShardedQKV, which copies.
+    A view of ``full``, except for blocks (q, k, v), which are copied.
 
     Raises:
         ValueError: the tensor cannot be split so; names the parameter.
@@ -113,7 +130,7 @@ def shard(
     if isinstance(sharding, Replicated) or size == 1:
         return full
     dim = sharding.dim % full.ndim
-    parts = _parts(sharding)
+    parts = num_parts(sharding)
     length = shape[dim] // parts
     blocks = [part.narrow(dim, rank * length, length) for part in full.chunk(parts, dim)]
     return blocks[0] if parts == 1 else torch.cat(blocks, dim)
@@ -145,12 +162,12 @@ def unshard(shards: Sequence[Tensor], sharding: Sharding, *, name: str = "tensor
     full_shape(shards[0].shape, sharding, len(shards), name=name)
     if len(shards) == 1:
         return shards[0]
-    parts = _parts(sharding)
+    parts = num_parts(sharding)
     dim = sharding.dim
     if shards[0].shape[dim] % parts:
         raise ValueError(
-            f"{name}: a shard of shape {list(shards[0].shape)} cannot be [q | k | v]: 3 does not "
-            f"divide dim {dim}"
+            f"{name}: a shard of shape {list(shards[0].shape)} cannot be {_in_words(parts)}:"
+            f" {parts} does not divide dim {dim}"
         )
     pieces = [piece.chunk(parts, dim) for piece in shards]
     return torch.cat([piece[part] for part in range(parts) for piece in pieces], dim)
@@ -192,6 +209,11 @@ def sharding_table(module: nn.Module) -> dict[str, Sharding]:
                 )
             table[full_name] = sharding
     return table
+
+
+def _in_words(parts: int, every: str = "") -> str:
+    qkv = f"[{every}q | {every}k | {every}v]"
+    return qkv if parts == _QKV_PARTS else f"{parts} equal blocks"
 
 
 def _bit_equal(a: Tensor, b: Tensor) -> bool:

@@ -100,14 +100,21 @@ class Channel:
     def start_all_reduce(self, x: Tensor, op: Literal["sum", "max"] = "sum") -> Tensor:
         """Publish x and return the tensor that ``finish`` fills; x must stay as it is till then.
 
-        Only one can be under way: the next collective finishes it first.
+        Only one collective can be under way: the next one finishes it first. What is published at
+        once is as much of x as fits into half a slot; ``finish`` exchanges the rest.
         """
-        self._finish_pending()
         x = _plain(x)
-        out = torch.empty_like(x)
-        self._call(torch.ops.tpcore.shm_publish, x, out, _REDUCTIONS[op])
-        self._pending = x, out, _REDUCTIONS[op]
-        return out
+        return self._start(x, torch.empty_like(x), _REDUCTIONS[op])
+
+    def start_all_gather(self, x: Tensor) -> Tensor:
+        """The same for ``all_gather``."""
+        x = _plain(x)
+        return self._start(x, self._gathered(x), _Collective.ALL_GATHER)
+
+    def start_reduce_scatter(self, x: Tensor) -> Tensor:
+        """The same for ``reduce_scatter``."""
+        x = _plain(x)
+        return self._start(x, self._scattered(x), _Collective.REDUCE_SCATTER)
 
     def finish(self, started: Tensor) -> bool:
         """Wait for the others and fill ``started``; False if nothing of the kind is under way."""
@@ -119,20 +126,29 @@ class Channel:
     def all_gather(self, x: Tensor) -> Tensor:
         """The tensors of all ranks, one after the other along dim 0."""
         x = _plain(x)
-        size = self._member[1]
-        out = x.new_empty((size * x.shape[0], *x.shape[1:]))
-        return self._exchange(x, out, _Collective.ALL_GATHER)
+        return self._exchange(x, self._gathered(x), _Collective.ALL_GATHER)
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """This rank's slice of dim 0 of the sum over the ranks."""
         x = _plain(x)
-        out = x.new_empty((x.shape[0] // self._member[1], *x.shape[1:]))
-        return self._exchange(x, out, _Collective.REDUCE_SCATTER)
+        return self._exchange(x, self._scattered(x), _Collective.REDUCE_SCATTER)
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         """The tensor of the rank ``source`` of the group."""
         x = _plain(x)
         return self._exchange(x, torch.empty_like(x), _Collective.BROADCAST, source)
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        return x.new_empty((self._member[1] * x.shape[0], *x.shape[1:]))
+
+    def _scattered(self, x: Tensor) -> Tensor:
+        return x.new_empty((x.shape[0] // self._member[1], *x.shape[1:]))
+
+    def _start(self, x: Tensor, out: Tensor, collective: int) -> Tensor:
+        self._finish_pending()
+        self._call(torch.ops.tpcore.shm_publish, x, out, collective)
+        self._pending = x, out, collective
+        return out
 
     def _finish_pending(self) -> None:
         if self._pending is not None:

@@ -1,25 +1,51 @@
-"""Downstream tasks: text files to examples, outputs of the model to predictions and metrics."""
+"""Downstream tasks: text files to examples, outputs of the model to predictions and metrics.
+
+The names below are imported when first used: configurations are read without torch.
+"""
 
 from __future__ import annotations
 
 import difflib
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from tpcore.tasks.task import DataError, Dataset, Example, Task, TaskBatch
-from tpcore.tasks.text_classification import TextClassification
+if TYPE_CHECKING:
+    from tpcore.tasks.question_answering import QuestionAnswering
+    from tpcore.tasks.task import DataError, Dataset, Example, Task, TaskBatch
+    from tpcore.tasks.text_classification import TextClassification
+    from tpcore.tasks.token_classification import TokenClassification
+
+# Public name -> the module that it is an attribute of.
+_HOMES = {
+    "DataError": "task",
+    "Dataset": "task",
+    "Example": "task",
+    "QuestionAnswering": "question_answering",
+    "Task": "task",
+    "TaskBatch": "task",
+    "TextClassification": "text_classification",
+    "TokenClassification": "token_classification",
+}
 
 __all__ = [
     "TASKS",
     "DataError",
     "Dataset",
     "Example",
+    "QuestionAnswering",
     "Task",
     "TaskBatch",
     "TextClassification",
+    "TokenClassification",
     "task_class",
 ]
 
-TASKS: dict[str, type[Task]] = {TextClassification.name: TextClassification}
-"""By the name that a configuration's `task:` has."""
+TASKS = {
+    "text_classification": "TextClassification",
+    "token_classification": "TokenClassification",
+    "question_answering": "QuestionAnswering",
+}
+"""The name that a configuration's `task:` has -> the class."""
 
 
 def task_class(name: str) -> type[Task]:
@@ -29,7 +55,14 @@ def task_class(name: str) -> type[Task]:
         ValueError: the name is not one of `TASKS`.
     """
     if name in TASKS:
-        return TASKS[name]
+        cls: type[Task] = __getattr__(TASKS[name])
+        return cls
     near = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(TASKS)}"
     raise ValueError(f"task={name!r} is unknown; {hint}")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -12,6 +12,8 @@ from tpcore.tasks.text_file import read_lines
 
 NUM_SHOWN = 20
 """Messages list so many labels at most."""
+IN_A_TABLE = "correct or remove the line, or set model.dataset.header=true if it is a header"
+"""What to do about an unknown label in a column of a table."""
 
 
 class Labels:
@@ -50,21 +52,18 @@ class Labels:
     def is_known(self, cell: str) -> bool:
         return self.find(cell) is not None
 
-    def id_of(self, cell: str, where: str) -> int:
+    def id_of(self, cell: str, where: str, way_out: str = IN_A_TABLE) -> int:
         """As `find`.
 
         Raises:
-            DataError: it is no label; `where` is the place in the file.
+            DataError: it is no label; `where` is the place in the file, `way_out` what to do.
         """
         index = self.find(cell)
         if index is not None:
             return index
         near = difflib.get_close_matches(cell, self.names, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise DataError(
-            f"{where}: unknown label {cell!r}{hint}; the labels are {self}; correct or remove the "
-            "line, or set model.dataset.header=true if it is a header"
-        )
+        raise DataError(f"{where}: unknown label {cell!r}{hint}; the labels are {self}; {way_out}")
 
     def balanced_weights(self, ids: Sequence[int]) -> list[float]:
         """`len(ids) / (number of classes * occurrences)` for each class; 1 for one without any."""

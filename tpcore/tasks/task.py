@@ -33,6 +33,7 @@ from torch import Tensor
 
 from tpcore.models.output import BertOutput
 from tpcore.models.packing import PackedBatch
+from tpcore.tasks.settings import Source
 from tpcore.tokenizer import WordPieceTokenizer
 
 Path = str | PathLike[str]
@@ -104,7 +105,7 @@ class Task(Protocol):
     tokenizer: WordPieceTokenizer
 
     @classmethod
-    def create(cls, config: Any, tokenizer: WordPieceTokenizer, train_path: Path | None) -> Task:
+    def create(cls, config: Any, tokenizer: WordPieceTokenizer, train_path: Source | None) -> Task:
         """A task for a new run; labels that `config` does not give come from the training file.
 
         Raises:
@@ -125,11 +126,11 @@ class Task(Protocol):
         """Arguments of `build_head(head_name, ...)`."""
         ...
 
-    def load(self, path: Path, *, num_samples: int = -1, labelled: bool = True) -> Dataset:
+    def load(self, path: Source, *, num_samples: int = -1, labelled: bool = True) -> Dataset:
         """Read a data file.
 
         Args:
-            path: the file.
+            path: the file, or several that are one only together.
             num_samples: take only the first so many records; -1: all.
             labelled: False: labels are neither needed nor looked at.
 

@@ -7,16 +7,16 @@ Keys have the names that NeMo users know. Relative paths are relative to the wor
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 from omegaconf import MISSING
 
+from tpcore.tasks.settings import SECTIONS, TaskSections
 from tpcore.train.schedule import SCHEDULES
-
-TASKS = ("text_classification",)
 
 
 class ConfigError(ValueError):
@@ -47,60 +47,6 @@ class TokenizerConfig:
     """Vocab.txt, one token a line; null: the one that lies beside the checkpoint."""
     do_lower_case: bool | None = None
     """Lower the case of the text; null: as the vocabulary."""
-
-
-@dataclass
-class DatasetConfig:
-    """model.dataset: what all data files have in common."""
-
-    num_classes: int | None = None
-    """Number of labels, checked; null: those of the data."""
-    max_seq_length: int = 256
-    """Longer texts are cut to so many tokens, special ones included."""
-    text_column: str | None = None
-    """Column of the text: its name in the header, or its number from 0; null: found."""
-    label_column: str | None = None
-    """Column of the label, likewise."""
-    header: bool | None = None
-    """Whether the first line of a data file names the columns; null: found."""
-    class_balancing: str | None = None
-    """null, or `weighted_loss`: weigh each class by the inverse of its frequency."""
-
-
-@dataclass
-class ClassLabelsConfig:
-    """model.class_labels: names of the classes."""
-
-    class_labels_file: str | None = None
-    """File with one label a line, in the order of their ids; null: sorted as in the data."""
-
-
-@dataclass
-class DataConfig:
-    """model.validation_ds and model.test_ds: data to evaluate on."""
-
-    file_path: str | None = None
-    """The data file."""
-    batch_size: int = 32
-    """Examples of one batch, over all data-parallel ranks together; never cut by their number."""
-    num_samples: int = -1
-    """Use only the first so many examples; -1: all."""
-
-
-@dataclass
-class TrainDataConfig(DataConfig):
-    """model.train_ds: data to learn from."""
-
-    shuffle: bool = True
-    """A new order in every epoch, decided by the seed alone."""
-
-
-@dataclass
-class ClassifierHeadConfig:
-    """model.classifier_head: the new layer on top of the encoder."""
-
-    fc_dropout: float | None = None
-    """Dropout before the classifier; null: the hidden dropout of the encoder."""
 
 
 @dataclass
@@ -138,19 +84,13 @@ class OptimConfig:
 
 
 @dataclass
-class ModelConfig:
-    """model: encoder, data and optimizer."""
+class ModelConfig(TaskSections):
+    """model: encoder, data and optimizer; the sections of a task are in `tasks.settings`."""
 
     tensor_model_parallel_size: int | None = None
     """Ranks over which each layer is split; null: all of them."""
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    class_labels: ClassLabelsConfig = field(default_factory=ClassLabelsConfig)
-    train_ds: TrainDataConfig = field(default_factory=TrainDataConfig)
-    validation_ds: DataConfig = field(default_factory=DataConfig)
-    test_ds: DataConfig = field(default_factory=DataConfig)
-    classifier_head: ClassifierHeadConfig = field(default_factory=ClassifierHeadConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
@@ -216,10 +156,34 @@ class TrainConfig:
     """All keys of `tpcore finetune`."""
 
     task: str = MISSING
-    """What is learnt: text_classification."""
+    """What is learnt: a name of `tasks.settings.SECTIONS`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+
+
+@functools.cache
+def config_class(task: str) -> type[TrainConfig]:
+    """`TrainConfig` with the sections of a task in its `model`.
+
+    The classes are attributes of this module, so that configurations pickle.
+    """
+    sections = SECTIONS[task]
+    prefix = sections.__name__.removesuffix("Sections")
+    model = make_dataclass(f"{prefix}ModelConfig", [], bases=(sections, ModelConfig))
+    whole = make_dataclass(
+        f"{prefix}TrainConfig",
+        [("model", model, field(default_factory=model))],
+        bases=(TrainConfig,),
+    )
+    for cls in (model, whole):
+        cls.__module__ = __name__
+        globals()[cls.__name__] = cls
+    return whole
+
+
+for _task in SECTIONS:
+    config_class(_task)
 
 
 def shown_source(key: str, sources: Mapping[str, str]) -> str:
@@ -245,27 +209,11 @@ def check_values(config: TrainConfig, sources: Mapping[str, str]) -> None:
         shown = ", ".join("null" if choice is None else str(choice) for choice in choices)
         check(value in choices, key, f"one of {shown}{hint}")
 
-    one_of("task", config.task, TASKS)
+    one_of("task", config.task, tuple(SECTIONS))
     tp_size = model.tensor_model_parallel_size
     check(tp_size is None or tp_size > 0, "model.tensor_model_parallel_size", "a positive number")
-    for part in ("train_ds", "validation_ds", "test_ds"):
-        data: DataConfig = getattr(model, part)
-        check(data.batch_size > 0, f"model.{part}.batch_size", "a positive number of examples")
-        check(
-            data.num_samples > 0 or data.num_samples == -1,
-            f"model.{part}.num_samples",
-            "a positive number of examples, or -1 for all",
-        )
-    one_of("model.dataset.class_balancing", model.dataset.class_balancing, (None, "weighted_loss"))
-    check(model.dataset.max_seq_length >= 3, "model.dataset.max_seq_length", "at least 3 tokens")
-    num_classes = model.dataset.num_classes
-    check(num_classes is None or num_classes > 1, "model.dataset.num_classes", "at least 2")
-    dropout = model.classifier_head.fc_dropout
-    check(
-        dropout is None or 0 <= dropout < 1,
-        "model.classifier_head.fc_dropout",
-        "a probability below 1",
-    )
+    for ok, key, expected in model.rules():
+        check(ok, f"model.{key}", expected)
     one_of("model.optim.name", optim.name, ("adamw", "adam"))
     check(0 < optim.lr < math.inf, "model.optim.lr", "a positive number")
     check(

@@ -17,14 +17,16 @@ from typing import Any
 import torch
 
 from tpcore import checkpoint
+from tpcore.checkpoint import registry
 from tpcore.checkpoint.state import check_tensor_parallel_size, check_vocabulary
 from tpcore.models.bert import BertModel
 from tpcore.models.config import BertConfig
 from tpcore.models.heads import build_head
 from tpcore.parallel.group import TensorParallelGroup
 from tpcore.tasks import DataError, Dataset, Task, task_class
-from tpcore.tokenizer import WordPieceTokenizer
-from tpcore.train.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from tpcore.tasks.settings import DataConfig
+from tpcore.tokenizer import SHIPPED, WordPieceTokenizer
+from tpcore.train.config import ConfigError, ModelConfig, TrainConfig
 from tpcore.train.launch import check_num_threads
 from tpcore.train.run_state import check_writable, run_path
 from tpcore.train.schedule import Schedule
@@ -117,20 +119,20 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
             f"{encoder.max_position_embeddings} positions; use at most that"
         )
 
-    if not model.train_ds.file_path:
-        raise ConfigError(
-            "no value for model.train_ds.file_path; pass model.train_ds.file_path=..."
-        )
-    task = task_class(config.task).create(model, tokenizer, model.train_ds.file_path)
+    source = model.source("train_ds")
+    if source is None:
+        key = f"model.train_ds.{model.file_key}"
+        raise ConfigError(f"no value for {key}; pass {key}=...")
+    task = task_class(config.task).create(model, tokenizer, source)
     if task.head_name == "sequence_classification" and overrides.get("add_pooler") is False:
         raise ConfigError(
             "model.language_model.config has add_pooler=False, but a classifier works "
             "on the pooler; remove it"
         )
-    train = _load(task, model.train_ds, "train_ds")
+    train = _load(task, model, "train_ds")
     assert train is not None
-    validation = _load(task, model.validation_ds, "validation_ds")
-    test = _load(task, model.test_ds, "test_ds")
+    validation = _load(task, model, "validation_ds")
+    test = _load(task, model, "test_ds")
 
     batches = math.ceil(len(train.examples) / model.train_ds.batch_size)
     steps_per_epoch = math.ceil(batches / config.trainer.accumulate_grad_batches)
@@ -214,6 +216,7 @@ def checkpoint_path(model: ModelConfig) -> Path | None:
 
     Raises:
         ConfigError: nothing says what the encoder is.
+        CheckpointError: it is named, but neither there nor to be downloaded.
     """
     language_model = model.language_model
     if language_model.lm_checkpoint:
@@ -226,12 +229,7 @@ def checkpoint_path(model: ModelConfig) -> Path | None:
         return path
     name = language_model.pretrained_model_name
     if name:
-        if Path(name).exists():
-            return Path(name)
-        raise ConfigError(
-            f"model.language_model.pretrained_model_name={name!r} is no folder here, and tpcore "
-            "downloads nothing: get its checkpoint and pass model.language_model.lm_checkpoint=..."
-        )
+        return registry.locate(name)
     if language_model.config_file or language_model.config:
         return None
     raise ConfigError(
@@ -273,7 +271,7 @@ def encoder_overrides(model: ModelConfig) -> dict[str, Any]:
 
 
 def find_tokenizer(model: ModelConfig, path: Path | None) -> WordPieceTokenizer:
-    """The tokenizer of the configuration, else the one that lies beside the checkpoint.
+    """The tokenizer of the configuration, else the one beside the checkpoint, else by name.
 
     Raises:
         ConfigError: there is none.
@@ -290,10 +288,17 @@ def find_tokenizer(model: ModelConfig, path: Path | None) -> WordPieceTokenizer:
     for place in [folder, *list(folder.parents)[:2]] if folder else []:
         if (place / "vocab.txt").is_file() or (place / "tokenizer.json").is_file():
             return WordPieceTokenizer.from_file(place, lowercase=lowercase)
+    for name in (settings.tokenizer_name, model.language_model.pretrained_model_name):
+        if name and name in SHIPPED:
+            return WordPieceTokenizer.from_name(name, lowercase=lowercase)
+        vocabulary = name and registry.fetch_vocabulary(name)
+        if vocabulary:
+            return WordPieceTokenizer.from_file(vocabulary, lowercase=lowercase)
     beside = f" and none lies beside {path}" if path is not None else ""
     raise ConfigError(
         f"no vocabulary: model.tokenizer.vocab_file is null{beside}; pass "
-        "model.tokenizer.vocab_file=..."
+        "model.tokenizer.vocab_file=..., or as model.tokenizer.tokenizer_name one of "
+        f"{', '.join(SHIPPED)}"
     )
 
 
@@ -307,12 +312,14 @@ def _check_sizes(sizes: Mapping[str, Any], config: BertConfig, path: Path) -> No
             )
 
 
-def _load(task: Task, data: DataConfig, part: str) -> Dataset | None:
-    if not data.file_path:
+def _load(task: Task, model: ModelConfig, part: str) -> Dataset | None:
+    source = model.source(part)
+    if source is None:
         return None
-    dataset = task.load(data.file_path, num_samples=data.num_samples)
+    data: DataConfig = getattr(model, part)
+    dataset = task.load(source, num_samples=data.num_samples)
     if not dataset.examples:
-        raise DataError(f"{data.file_path} (model.{part}.file_path) holds no examples")
+        raise DataError(f"{dataset.source} (model.{part}) holds no examples")
     return dataset
 
 

@@ -19,8 +19,16 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import tpcore.tasks.settings as settings_module
 import tpcore.train.config as config_module
-from tpcore.train.config import ConfigError, TrainConfig, check_values, shown_source
+from tpcore.tasks.settings import SECTIONS
+from tpcore.train.config import (
+    ConfigError,
+    TrainConfig,
+    check_values,
+    config_class,
+    shown_source,
+)
 
 # What users of NeMo and Lightning write and tpcore decides elsewhere: told where, not guessed.
 _ELSEWHERE = {
@@ -29,47 +37,47 @@ _ELSEWHERE = {
     "trainer.num_nodes": "the number of nodes is torchrun's --nnodes",
     "trainer.strategy": "there is one strategy; set model.tensor_model_parallel_size",
     "trainer.amp_level": "set trainer.precision",
-    "model.classifier_head.num_output_layers": "the classifier is one layer on the pooled output",
-    "model.dataset.do_lower_case": "set model.tokenizer.do_lower_case",
-    "model.dataset.use_cache": "encoded data is never cached on disk; remove the key",
     "model.optim.sched.max_steps": "set trainer.max_steps or trainer.max_epochs",
 }
-_ELSEWHERE |= {
-    f"model.{part}.shuffle": "evaluation has no order; remove the key"
-    for part in ("validation_ds", "test_ds")
-}
-_NOT_READ = {"num_workers", "pin_memory", "drop_last"}
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    note: Callable[[str], None] = lambda _: None,
+) -> TrainConfig:
     """Read a YAML file, apply overrides, check everything that can be checked without data.
 
     Args:
         path: YAML file; None: defaults only.
         overrides: `dotted.key=value` strings, the value in YAML syntax; the last one wins.
+        note: called with one line for each key of NeMo's that changes nothing here.
 
     Raises:
         ConfigError: unreadable file, unknown key (with the nearest known one), wrong type or
             value, missing value.
     """
-    merged = OmegaConf.structured(TrainConfig)
-    sources: dict[str, str] = {}  # key -> where it was set
-    missing: set[str] = set()  # keys that were set to ???
+    parts: list[tuple[DictConfig, Callable[[str], str]]] = []  # contents, places of their keys
     if path is not None:
         content, lines = _read_yaml(Path(path))
-        merged = _merge(
-            merged, content, sources, missing, lambda key: f"{path}:{_line_of(key, lines)}"
-        )
+        parts.append((content, lambda key: f"{path}:{_line_of(key, lines)}"))
     for override in overrides:
         key, equals, text = override.partition("=")
         key = key.strip()
         if not equals or not key:
             raise ConfigError(f"{override!r} is not of the form key=value, as model.optim.lr=5e-5")
         try:
-            content = OmegaConf.from_dotlist([f"{key}={text}"])
+            parts.append((OmegaConf.from_dotlist([f"{key}={text}"]), lambda _: "command line"))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"{override!r} (command line): {_one_line(error)}") from error
-        merged = _merge(merged, content, sources, missing, lambda _: "command line")
+    cls = _class_for(parts)
+    merged = OmegaConf.structured(cls)
+    for key, value in _task_defaults(cls).items():
+        OmegaConf.update(merged, key, value)
+    sources: dict[str, str] = {}  # key -> where it was set
+    missing: set[str] = set()  # keys that were set to ???
+    for content, place in parts:
+        merged = _merge(merged, content, cls, sources, missing, place, note)
     try:
         missing |= {str(key) for key in OmegaConf.missing_keys(merged)}
         if missing:
@@ -92,25 +100,73 @@ def save_config(config: TrainConfig, path: str | Path) -> str:
     return text
 
 
-def describe_keys() -> Iterator[tuple[str, str, str]]:
-    """(dotted key, default, documentation) of every key, in the order of the dataclasses."""
+def _class_for(parts: Sequence[tuple[DictConfig, Callable[[str], str]]]) -> type[TrainConfig]:
+    """The configuration of the task that the last of `parts` to name one names.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    for content, where in reversed(parts):
+        task = OmegaConf.to_container(content).get("task")  # type: ignore[union-attr]
+        if task is None or task == MISSING:
+            continue
+        if str(task) not in SECTIONS:
+            near = difflib.get_close_matches(str(task), SECTIONS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"task={task!r} ({where('task')}): expected one of {', '.join(SECTIONS)}{hint}"
+            )
+        return config_class(str(task))
+    return TrainConfig
+
+
+def _task_defaults(cls: type[TrainConfig]) -> Mapping[str, Any]:
+    defaults: Mapping[str, Any] = get_type_hints(cls)["model"].defaults
+    return defaults
+
+
+def describe_keys(task: str | None = None) -> Iterator[tuple[str, str, str]]:
+    """(dotted key, default, documentation) of every key, in the order of the dataclasses.
+
+    Without a task: of all tasks. A key that not every task has, or not with the same default and
+    documentation, is followed by the names of those it belongs to, in brackets.
+    """
     docs = _attribute_docstrings()
-    for key, owner, field in _fields(TrainConfig):
-        default = field.default
-        if default is dataclasses.MISSING:
-            assert field.default_factory is not dataclasses.MISSING
-            default = field.default_factory()
-        text = yaml.safe_dump(default, default_flow_style=True).removesuffix("...\n").strip()
-        yield key, text, docs[owner.__name__, field.name]
+    tasks = list(SECTIONS) if task is None else [task]
+    owners: dict[tuple[str, str, str], list[str]] = {}
+    for name in tasks:
+        cls = config_class(name)
+        defaults = _task_defaults(cls)
+        for key, owner, field in _fields(cls):
+            default = field.default
+            if default is dataclasses.MISSING:
+                assert field.default_factory is not dataclasses.MISSING
+                default = field.default_factory()
+            default = defaults.get(key, default)
+            text = yaml.safe_dump(default, default_flow_style=True).removesuffix("...\n").strip()
+            owners.setdefault((key, text, docs[owner.__name__, field.name]), []).append(name)
+    # Sections of one name together, wherever the task that brought them stands.
+    order = {
+        section: i for i, section in enumerate(dict.fromkeys(_section(k) for k, _, _ in owners))
+    }
+    for entry in sorted(owners, key=lambda entry: order[_section(entry[0])]):
+        key, text, doc = entry
+        names = "" if len(owners[entry]) == len(tasks) else f" [{', '.join(owners[entry])}]"
+        yield key, text, f"{doc}{names}"
+
+
+def _section(key: str) -> str:
+    return key.rpartition(".")[0]
 
 
 def _attribute_docstrings() -> dict[tuple[str, str], str]:
-    """(class, field) -> the string that follows the field in the source of config.py.
+    """(class, field) -> the string that follows the field in the source of its module.
 
     A class that inherits a field inherits its documentation.
     """
     docs: dict[tuple[str, str], str] = {}
-    for node in ast.parse(inspect.getsource(config_module)).body:
+    modules = (settings_module, config_module)
+    for node in [node for m in modules for node in ast.parse(inspect.getsource(m)).body]:
         if not isinstance(node, ast.ClassDef):
             continue
         for base in node.bases:
@@ -135,7 +191,8 @@ def _fields(cls: type, prefix: str = "") -> Iterator[tuple[str, type, dataclasse
         if dataclasses.is_dataclass(hints[field.name]):
             yield from _fields(hints[field.name], f"{prefix}{field.name}.")
         else:
-            yield f"{prefix}{field.name}", cls, field
+            owner = next(c for c in cls.__mro__ if field.name in inspect.get_annotations(c))
+            yield f"{prefix}{field.name}", owner, field
 
 
 def _read_yaml(path: Path) -> tuple[DictConfig, dict[str, int]]:
@@ -190,12 +247,18 @@ def _line_of(key: str, lines: Mapping[str, int]) -> int:
 def _merge(
     base: DictConfig,
     content: Any,
+    cls: type[TrainConfig],
     sources: dict[str, str],
     missing: set[str],
     where: Callable[[str], str],
+    note: Callable[[str], None],
 ) -> DictConfig:
     """`base` with `content` over it; `sources` and `missing` follow what was set."""
-    items = list(_check_keys(OmegaConf.to_container(content), TrainConfig, "", where))
+    container = OmegaConf.to_container(content)
+    for line in _remove_without_meaning(container, cls, where):
+        note(line)
+    content = OmegaConf.create(container)
+    items = list(_check_keys(container, cls, "", where, cls))
     for key, value in items:
         if isinstance(value, list) and key == "model.language_model.config":
             # OmegaConf has no error of its own for this.
@@ -215,8 +278,32 @@ def _merge(
     return merged
 
 
+def _remove_without_meaning(
+    content: Any, cls: type[TrainConfig], where: Callable[[str], str]
+) -> Iterator[str]:
+    """Take the keys out of `content` that a task knows to change nothing; a line for each."""
+    table: Mapping[str, str] = get_type_hints(cls)["model"].no_meaning
+    for key, reason in table.items():
+        *path, leaf = f"model.{key}".split(".")
+        sections = [content]
+        for name in path:
+            sections.append(sections[-1].get(name) if isinstance(sections[-1], dict) else None)
+        if isinstance(sections[-1], dict) and leaf in sections[-1]:
+            value = sections[-1].pop(leaf)
+            # A section of nothing but such keys may be one that does not exist here.
+            for parent, name in zip(reversed(sections[:-1]), reversed(path), strict=True):
+                if not parent[name]:
+                    del parent[name]
+            shown = "null" if value is None else str(value)
+            yield f"model.{key}={shown} ({where(f'model.{key}')}) changes nothing: {reason}"
+
+
 def _check_keys(
-    content: Any, cls: type, prefix: str, where: Callable[[str], str]
+    content: Any,
+    cls: type,
+    prefix: str,
+    where: Callable[[str], str],
+    root: type[TrainConfig],
 ) -> Iterator[tuple[str, Any]]:
     """The dotted keys and values of `content`, which is walked beside the dataclasses."""
     hints = get_type_hints(cls)
@@ -226,30 +313,34 @@ def _check_keys(
             while isinstance(value, dict) and len(value) == 1:
                 child, value = next(iter(value.items()))
                 key = f"{key}.{child}"
-            raise ConfigError(f"unknown key {key} ({where(key)}); {_suggestion(key)}")
+            raise ConfigError(f"unknown key {key} ({where(key)}); {_suggestion(key, root)}")
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, dict):
                 shown = "null" if value is None else repr(value)
                 children = ", ".join(f"{key}.{child}" for child in get_type_hints(hints[name]))
                 raise ConfigError(f"{key} ({where(key)}) is {shown}, but it holds keys: {children}")
-            yield from _check_keys(value, hints[name], f"{key}.", where)
+            yield from _check_keys(value, hints[name], f"{key}.", where, root)
         else:
             yield key, value
 
 
-def _suggestion(key: str) -> str:
+def _suggestion(key: str, cls: type[TrainConfig]) -> str:
     if key in _ELSEWHERE:
         return _ELSEWHERE[key]
     parent, _, leaf = key.rpartition(".")
-    if leaf in _NOT_READ:
-        return "data is held in memory, so there is nothing to set; remove the key"
-    known = [name for name, _, _ in _fields(TrainConfig)]
+    known = [name for name, _, _ in _fields(cls)]
+    elsewhere = ""
+    for task in SECTIONS if cls is not TrainConfig else ():
+        if not elsewhere and any(k == key for k, _, _ in _fields(config_class(task))):
+            elsewhere = f"it belongs to task={task}"
     sections = {known_key.rpartition(".")[0] for known_key in known}
     known += sorted(section for section in sections if section)
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
     near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
     if near:
-        return f"did you mean {siblings[near[0]]}?"
+        return f"{elsewhere}{', ' if elsewhere else ''}did you mean {siblings[near[0]]}?"
+    if elsewhere:
+        return elsewhere
     # The right name in the wrong place (optim.lr), then the whole key misspelt (modl.optim.lr).
     same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
     candidates = same_leaf if same_leaf else [] if parent in known else known

@@ -78,10 +78,10 @@ class Run:
     def load(self, path: str | os.PathLike[str] | None = None) -> Dataset:
         """The dataset that `evaluate` would read."""
         model = self.config.model
-        path = path or model.test_ds.file_path or model.validation_ds.file_path
-        if path is None:
+        source = path or model.source("test_ds") or model.source("validation_ds")
+        if source is None:
             raise ValueError(f"{self.path} has no test or validation file; give one")
-        return self.task.load(path)
+        return self.task.load(source)
 
     def evaluate_dataset(self, dataset: Dataset, batch_size: int | None = None) -> Evaluation:
         """The same on a dataset that `load` or the task has read."""

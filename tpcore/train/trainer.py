@@ -208,10 +208,10 @@ class Trainer:
     def _check_monitor(self) -> None:
         """Refuse a metric that does not exist, before anything is written."""
         params = self.config.exp_manager.checkpoint_callback_params
-        path = self.config.model.validation_ds.file_path
-        if params.monitor is None or path is None:
+        source = self.config.model.source("validation_ds")
+        if params.monitor is None or source is None:
             return
-        few = self.task.load(path, num_samples=2)
+        few = self.task.load(source, num_samples=2)
         known = named_metrics(self.evaluate(few, batch_size=2), "val")
         if self.job.monitor[0] not in known:
             raise ConfigError(

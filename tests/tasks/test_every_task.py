@@ -1,0 +1,77 @@
+"""What holds for all tasks: a run from files to predictions, equal at every size."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from tests.helpers.ranks import run_mesh
+from tests.tasks import tiny_data
+from tpcore import load_run
+from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
+from tpcore.tasks import task_class
+from tpcore.train.finetune import finetune
+from tpcore.train.launch import on_all_ranks
+from tpcore.train.logging import RunLog
+from tpcore.train.prepare import build_model, prepare
+from tpcore.train.read_config import load_config
+from tpcore.train.run_state import run_path
+from tpcore.train.trainer import Trainer
+
+TASKS = list(tiny_data.WRITERS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_from_files_to_predictions(task, tmp_path):
+    config = load_config(None, tiny_data.overrides(task, tmp_path, trainer__max_epochs=1))
+    result = finetune(config)
+    monitored = f"val_{task_class(task).monitor.metric}"
+    assert monitored in result.best
+    assert all(math.isfinite(value) for value in result.last.values())
+    run = load_run(result.path)
+    dataset = run.load()
+    evaluation = run.evaluate_dataset(dataset)
+    assert evaluation.metrics[monitored.removeprefix("val_")] == pytest.approx(
+        result.best[monitored], abs=1e-6
+    )
+    unlabelled = run.task.load(config.model.source("validation_ds"), labelled=False)
+    assert all(example.labels is None for example in unlabelled.examples)
+    assert run.evaluate_dataset(unlabelled).predictions == evaluation.predictions
+    for name in ("predictions.txt", "predictions.jsonl"):
+        run.task.write_predictions(tmp_path / name, dataset, evaluation.predictions)
+        assert (tmp_path / name).read_text().strip()
+    for prediction in evaluation.predictions:
+        json.dumps(prediction)
+    assert isinstance(run.task.report(dataset, evaluation.predictions), str)
+
+
+def _metrics(tp: TensorParallelGroup, dp: DataParallelGroup, config) -> dict[str, float]:
+    job = on_all_ranks(lambda: prepare(config, tp.size * dp.size), tp, dp)
+    model = on_all_ranks(lambda: build_model(job, tp, "cpu"), tp, dp)
+    log = RunLog(enabled=False)
+    trainer = Trainer(job, model, tp=tp, dp=dp, run_path=run_path(config.exp_manager), log=log)
+    return trainer.fit().last
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_metrics_are_the_same_at_every_size(task, tmp_path):
+    found = {}
+    for tp_size, dp_size in ((1, 1), (2, 1), (1, 2)):
+        config = load_config(
+            None,
+            tiny_data.overrides(
+                task,
+                tmp_path,
+                model__tensor_model_parallel_size=tp_size,
+                exp_manager__version=f"{tp_size}-{dp_size}",
+                trainer__enable_progress_bar=False,
+            ),
+        )
+        found[tp_size, dp_size] = run_mesh(_metrics, tp_size, dp_size, config)[0]
+    for size, metrics in found.items():
+        assert {k: round(v, 4) for k, v in metrics.items()} == {
+            k: round(v, 4) for k, v in found[1, 1].items()
+        }, size

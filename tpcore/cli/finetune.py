@@ -1,0 +1,48 @@
+"""tpcore finetune."""
+
+from __future__ import annotations
+
+import argparse
+
+from tpcore.cli.options import Commands, positive
+
+
+def add_commands(commands: Commands) -> None:
+    """Add `finetune` to the command line."""
+    finetune = commands.add_parser(
+        "finetune",
+        help="fine-tune an encoder on a task",
+        description="Fine-tune an encoder. Under torchrun it uses its ranks; with "
+        "--nproc-per-node it starts them itself, after checking everything in one process.",
+    )
+    finetune.add_argument("config", nargs="?", help="YAML file")
+    finetune.add_argument("overrides", nargs="*", metavar="key=value", help="over the file")
+    finetune.add_argument("--nproc-per-node", type=positive, metavar="N", help="start N ranks here")
+    finetune.add_argument("--help-config", action="store_true", help="list all keys and exit")
+    finetune.set_defaults(command=_finetune, restarts=True)
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    from tpcore.train.read_config import describe_keys, load_config
+
+    if arguments.help_config:
+        for key, default, doc in describe_keys():
+            print(f"{key}={default}\n    {doc}")
+        return 0
+    config = load_config(arguments.config, arguments.overrides)
+    from tpcore.train.launch import is_under_torchrun, launch
+
+    num_ranks = arguments.nproc_per_node
+    if num_ranks is not None and is_under_torchrun():
+        raise ValueError(
+            "--nproc-per-node belongs to torchrun, which has already started the ranks"
+        )
+    if num_ranks is None or num_ranks == 1:
+        from tpcore.train.finetune import finetune
+
+        finetune(config)
+        return 0
+    from tpcore.train.prepare import prepare
+
+    prepare(config, num_ranks)
+    return launch(["finetune", arguments.config, *arguments.overrides], num_ranks)

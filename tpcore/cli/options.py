@@ -1,0 +1,69 @@
+"""What the commands share: the parser, types of arguments, options of several commands."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+Commands = Any
+"""What `ArgumentParser.add_subparsers` returns; argparse has no public name for it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        from tpcore.train.launch import report_error
+
+        sys.exit(report_error(f"{message}; see `{self.prog} --help`"))
+
+    def refuse(self, rest: Sequence[str]) -> NoReturn:
+        """End because of arguments that nobody asked for, with the option that was meant."""
+        message = f"unrecognized arguments: {' '.join(rest)}"
+        first = next((text for text in rest if text.startswith("-")), "")
+        known = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(first.partition("=")[0], known, n=1)
+        if near:
+            message += f"; did you mean {near[0]}?"
+        elif first and any(action.metavar == "key=value" for action in self._actions):
+            message += "; settings are key=value without dashes, as model.optim.lr=5e-5"
+        self.error(message)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which run, which of its checkpoints, on what."""
+    parser.add_argument("run", help="folder of a run, or one above it: then its newest run")
+    parser.add_argument(
+        "--checkpoint", default="best", metavar="NAME", help="best, last, or a file name"
+    )
+    parser.add_argument("--batch-size", type=positive, default=64, metavar="N")
+    parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
+
+
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """How to read a Megatron file that does not say."""
+    parser.add_argument(
+        "--qkv-layout",
+        choices=("v0", "v1", "v3"),
+        help="order of the q/k/v rows, for a Megatron file that does not say",
+    )
+
+
+def positive(text: str) -> int:
+    """An argument that is a number above 0."""
+    value = int(text) if text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def in_words(value: Any) -> str:
+    """A value of some facts, for reading."""
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {in_words(part)}" for name, part in value.items() if part != {})
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)

@@ -1,0 +1,1 @@
+"""Names and contracts of other libraries, on top of tpcore."""

@@ -1,0 +1,1 @@
+"""The fused functions of Megatron-Core and apex, on tpcore's kernels."""
