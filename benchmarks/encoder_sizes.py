@@ -245,7 +245,8 @@ def write(rows: list[dict], options: argparse.Namespace) -> None:
     target.parent.mkdir(exist_ok=True)
     facts = (
         f"torch {torch.__version__}, {date}; {options.layers} layers, hidden size "
-        f"{options.hidden}, {options.heads} heads, packed lengths {LENGTHS} repeated to about {options.tokens} tokens"
+        f"{options.hidden}, {options.heads} heads, packed lengths {LENGTHS} repeated to about "
+        f"{options.tokens} tokens"
         f"{', sequence-parallel' if options.sequence_parallel else ''}; "
         f"{options.total_threads} threads in all, {options.rounds} rounds. CPU memory: "
         f"{memory.memory_policy()}. `over_size_1`: time over that of size 1, median of the ratios "
