@@ -215,7 +215,10 @@ def test_sharding_table():
     assert sharded["mlp.dense_out.weight"] == Sharded(1)
 
 
-@pytest.mark.parametrize("checkpointing", [None, "full", "selective"])
+@pytest.mark.parametrize(
+    "checkpointing",
+    ["full", *(pytest.param(kind, marks=pytest.mark.slow) for kind in (None, "selective"))],
+)
 def test_compiles_to_one_graph(checkpointing):
     torch.manual_seed(0)
     block = _build(
