@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from config import Config
+from gpt_config import Config
 from torch import Tensor, nn
 
 from tpcore.interop.megatron import parallel_state, tensor_parallel

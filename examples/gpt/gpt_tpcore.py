@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from config import Config
+from gpt_config import Config
 from torch import Tensor, nn
 
 from tpcore.kernels import bias_dropout_residual

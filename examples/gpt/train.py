@@ -1,8 +1,8 @@
 """Train a small byte-level GPT on a piece of The Adventures of Sherlock Holmes.
 
-    python examples/gpt/train.py                                    one process
-    torchrun --nproc-per-node 2 examples/gpt/train.py               the same losses on two ranks
-    torchrun --nproc-per-node 2 examples/gpt/train.py --api megatron
+python examples/gpt/train.py                                    one process
+torchrun --nproc-per-node 2 examples/gpt/train.py               the same losses on two ranks
+torchrun --nproc-per-node 2 examples/gpt/train.py --api megatron
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # the two models lie beside this file
 
-from config import Config  # noqa: E402 - after the path
+from gpt_config import Config  # noqa: E402 - after the path
 
 from tpcore.checkpoint import save_sharded  # noqa: E402
 from tpcore.parallel import TensorParallelGroup, destroy_parallel, init_parallel  # noqa: E402
@@ -56,9 +56,7 @@ def batches(config: Config, batch_size: int, seed: int) -> Iterator[tuple[Tensor
     generator = torch.Generator().manual_seed(seed)
     first = 0
     while True:
-        starts = torch.randint(
-            len(text) - config.max_length, (batch_size, 1), generator=generator
-        )
+        starts = torch.randint(len(text) - config.max_length, (batch_size, 1), generator=generator)
         pieces = text[starts + torch.arange(config.max_length + 1)]
         yield pieces[:, :-1], pieces[:, 1:], torch.arange(first, first + batch_size)
         first += batch_size

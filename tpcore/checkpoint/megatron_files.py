@@ -62,7 +62,8 @@ def _tracked_folder(root: Path) -> str:
         hint = f"; pass {root / found[-1]} to read that one" if found else ""
         raise CheckpointError(f"{root}: there is no {TRACKER} that says which iteration{hint}")
     try:
-        word = tracker.read_text(encoding="ascii")[:64].strip()
+        with tracker.open(encoding="ascii") as file:
+            word = file.read(64).strip()
     except (OSError, UnicodeError) as error:
         raise CheckpointError(f"{tracker}: cannot be read ({error})") from error
     if word != "release" and not re.fullmatch(r"\d{1,12}", word):

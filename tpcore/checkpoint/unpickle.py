@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import mmap
 import pickle
+import stat
 import warnings
 import zlib
 from pathlib import Path
@@ -189,8 +190,14 @@ def check_records(path: Path, where: str | None = None) -> None:
 
 def _mapped(path: Path, where: str) -> mmap.mmap:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            # A pipe would wait for somebody to write into it.
+            kind = "a directory" if path.is_dir() else "a pipe or a device"
+            raise CheckpointError(f"{where}: is {kind}, not a file")
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except CheckpointError:
+        raise
     except ValueError:
         raise CheckpointError(f"{where}: is empty, or truncated to nothing") from None
     except OSError as error:
