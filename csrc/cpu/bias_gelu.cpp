@@ -8,41 +8,55 @@ namespace tpcore {
 namespace TPCORE_ISA {
 namespace {
 
-// gelu(z) = z gate(z): the gate, and the derivative of z gate(z).
-template <class V>
-struct Gated {
-  V gate, derivative;
+// gelu(z) = z gate(z). For the tanh formula the gate is logistic(argument(z)).
+template <class A>
+struct TanhArgument {
+  Vec<A> near, slope, value;
+
+  TPCORE_INLINE explicit TanhArgument(Vec<A> z) {
+    using V = Vec<A>;
+    const V linear(static_cast<A>(2 * kGeluTanhScale)),
+        cubic(static_cast<A>(2 * kGeluTanhScale * kGeluTanhCubic));
+    // Beyond 16 the gate is 0 or 1; a cube that overflows would make it NaN.
+    near = smaller(V(A(16)), larger(V(A(-16)), z));
+    const V square = near * near;
+    slope = multiply_add(square, cubic * V(A(3)), linear);
+    value = near * multiply_add(square, cubic, linear);
+  }
 };
 
-template <class Precision, class A>
-TPCORE_INLINE Gated<Vec<A>> gelu_erf(Vec<A> z, A scale) {
-  using V = Vec<A>;
-  const Normal<V> distribution = normal<Precision>(z * V(scale));
-  return {distribution.cdf, multiply_add(z * V(scale), distribution.density, distribution.cdf)};
-}
-
-// (1 + tanh u) / 2 = 1 / (1 + exp(-2 u)), by the exponential that is at most 1: nothing cancels or
-// overflows.
+// c z for the c of the old erf formula, in two parts: its rounding would be magnified.
 template <class A>
-TPCORE_INLINE Gated<Vec<A>> gelu_tanh(Vec<A> z) {
-  using V = Vec<A>;
-  const V one(A(1)), linear(static_cast<A>(2 * kGeluTanhScale)),
-      cubic(static_cast<A>(2 * kGeluTanhScale * kGeluTanhCubic));
-  // Beyond 16 the gate is 0 or 1; a cube that overflows would make it NaN.
-  const V near = smaller(V(A(16)), larger(V(A(-16)), z));
-  const V square = near * near;
-  const V twice_u = near * multiply_add(square, cubic, linear);
-  const V slope = multiply_add(square, cubic * V(A(3)), linear);
-  const V e = exponential(V() - absolute(twice_u));
-  const V upper = one / (one + e), lower = e * upper;
-  const V gate = select(less(twice_u, V()), lower, upper);
-  return {gate, multiply_add(near * slope, lower * upper, gate)};
-}
+struct OldScaled {
+  Vec<A> value, low;
+
+  TPCORE_INLINE explicit OldScaled(Vec<A> z) {
+    const Vec<A> excess(static_cast<A>(kOldErfScale - 1));
+    value = multiply_add(z, excess, z);
+    low = multiply_add(z, excess, z - value);
+  }
+};
 
 template <Gelu kind, class Precision, class A>
-TPCORE_INLINE Gated<Vec<A>> gated(Vec<A> z) {
-  if (kind == Gelu::kTanh) return gelu_tanh(z);
-  return gelu_erf<Precision>(z, kind == Gelu::kErf ? A(1) : static_cast<A>(kOldErfScale));
+TPCORE_INLINE Vec<A> gate(Vec<A> z) {
+  if (kind == Gelu::kTanh) return logistic(TanhArgument<A>(z).value);
+  if (kind == Gelu::kErf) return normal_cdf<Precision>(z);
+  using V = Vec<A>;  // beyond 16 the gate is 0 or 1, and an infinity has no two parts
+  const OldScaled<A> scaled(smaller(V(A(16)), larger(V(A(-16)), z)));
+  return normal_cdf<Precision>(scaled.value, scaled.value * scaled.low);
+}
+
+// Of z gate(z).
+template <Gelu kind, class Precision, class A>
+TPCORE_INLINE Vec<A> derivative(Vec<A> z) {
+  if (kind == Gelu::kTanh) {
+    const TanhArgument<A> argument(z);
+    const Logistic<Vec<A>> gate = logistic_with_derivative(argument.value);
+    return multiply_add(argument.near * argument.slope, gate.derivative, gate.value);
+  }
+  const Vec<A> scaled = kind == Gelu::kErf ? z : OldScaled<A>(z).value;
+  const Normal<Vec<A>> distribution = normal<Precision>(scaled);
+  return multiply_add(scaled, distribution.density, distribution.cdf);
 }
 
 template <Gelu kind>
@@ -68,7 +82,7 @@ void forward_row(const T* x, const P* bias, T* y, int64_t columns) {
   for_each_vector<V>(columns, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
     V z = V::load(x + i, lanes);
     if (bias != nullptr) z = z + V::load(bias + i, lanes);
-    (z * gated<kind, PrecisionOf<T>>(z).gate).store(y + i, lanes);
+    (z * gate<kind, PrecisionOf<T>>(z)).store(y + i, lanes);
   });
 }
 
@@ -79,7 +93,7 @@ void backward_row(const T* grad_y, const T* x, const P* bias, T* grad_x, Acc<T>*
   for_each_vector<V>(columns, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
     V z = V::load(x + i, lanes);
     if (bias != nullptr) z = z + V::load(bias + i, lanes);
-    const V grad = V::load(grad_y + i, lanes) * gated<kind, PrecisionOf<T>>(z).derivative;
+    const V grad = V::load(grad_y + i, lanes) * derivative<kind, PrecisionOf<T>>(z);
     if (grad_x != nullptr) grad.store(grad_x + i, lanes);
     if (bias_sums != nullptr) (V::load(bias_sums + i, lanes) + grad).store(bias_sums + i, lanes);
   });

@@ -222,6 +222,10 @@ TPCORE_INLINE Vec<float> negated(Vec<float> a) { return _mm256_xor_ps(a.v, _mm25
 TPCORE_INLINE Vec<double> negated(Vec<double> a) {
   return _mm256_xor_pd(a.v, _mm256_set1_pd(-0.0));
 }
+// a^2 - square, exactly, where square is a * a as it is rounded.
+TPCORE_INLINE Vec<float> square_error(Vec<float> a, Vec<float> square) {
+  return _mm256_fmsub_ps(a.v, a.v, square.v);
+}
 TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
   return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }

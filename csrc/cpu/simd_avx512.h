@@ -193,6 +193,10 @@ TPCORE_INLINE Vec<float> negated(Vec<float> a) { return _mm512_xor_ps(a.v, _mm51
 TPCORE_INLINE Vec<double> negated(Vec<double> a) {
   return _mm512_xor_pd(a.v, _mm512_set1_pd(-0.0));
 }
+// a^2 - square, exactly, where square is a * a as it is rounded.
+TPCORE_INLINE Vec<float> square_error(Vec<float> a, Vec<float> square) {
+  return _mm512_fmsub_ps(a.v, a.v, square.v);
+}
 TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
   return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -216,16 +220,21 @@ TPCORE_INLINE void interleave(Vec<double>& a, Vec<double>& b) {
   a = first;
 }
 
-// Where w, from [1, 16), lies among the 32 intervals 2^o [1 + m/8, 1 + (m+1)/8): the number of the
-// interval, and the distance from its left end. For piecewise polynomials with tables in registers.
+// Where 1 + t, for 0 <= t < 15, lies among the 32 intervals 2^o [1 + m/8, 1 + (m+1)/8): the number
+// of the interval, and the distance from its left end, exactly. For piecewise polynomials with
+// tables in registers.
 struct Interval32 {
   __m512i number;
   Vec<float> offset;
 
-  TPCORE_INLINE explicit Interval32(Vec<float> w)
-      : number(_mm512_srli_epi32(_mm512_castps_si512(w.v), 20)),
-        offset(w - Vec<float>(_mm512_castsi512_ps(
-                       _mm512_and_si512(_mm512_castps_si512(w.v), _mm512_set1_epi32(~0xfffff))))) {}
+  TPCORE_INLINE explicit Interval32(Vec<float> t) {
+    const Vec<float> one(1.0f);
+    const __m512i bits = _mm512_castps_si512((t + one).v);
+    number = _mm512_srli_epi32(bits, 20);
+    const Vec<float> left =
+        _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(~0xfffff)));
+    offset = t - (left - one);
+  }
   // The entry of each lane's interval; the first octave, whose exponent ends in 11, stands last.
   TPCORE_INLINE Vec<float> entry(const float (&table)[32]) const {
     return _mm512_permutex2var_ps(_mm512_loadu_ps(table), number, _mm512_loadu_ps(table + 16));

@@ -198,6 +198,16 @@ template <class A>
 TPCORE_INLINE Vec<A> negated(Vec<A> a) {
   return Vec<A>(-a.v);
 }
+// a^2 - square, exactly, where square is a * a as it is rounded. Without a fused multiplication a
+// is cut in two, whose products are exact.
+TPCORE_INLINE Vec<float> square_error(Vec<float> a, Vec<float> square) {
+#if defined(__ARM_NEON)
+  return multiply_add(a, a, Vec<float>(-square.v));
+#else
+  const F32x4 high = (F32x4)((U32x4)a.v & 0xfffff000u), low = a.v - high;
+  return high * high - square.v + (high + high) * low + low * low;
+#endif
+}
 // Adding 1.5 * 2^23 leaves no bits for a fraction; right for |a| < 2^22.
 TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
   const F32x4 magic = Vec<float>(12582912.0f).v;

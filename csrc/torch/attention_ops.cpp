@@ -7,8 +7,6 @@
 namespace tpcore {
 namespace {
 
-using torch::stable::new_empty;
-
 // Everything but the dropout; raises unless the sequences are exactly the tokens.
 PackedAttention packed(const Tensor& qkv, const Tensor& cu_seqlens, int64_t num_heads, double scale,
                        bool causal) {

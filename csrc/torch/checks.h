@@ -3,6 +3,7 @@
 // what was expected.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,6 +11,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cmath>
+#include <initializer_list>
 #include <optional>
 #include <string>
 
@@ -48,6 +50,29 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
                       " has an unsupported dtype; expected float32, bfloat16, float16 or float64");
   }
   return DType::kFloat32;
+}
+
+// A contiguous tensor beside `like`, in its dtype or another. Not torch::stable::new_empty, which
+// goes by way of the dispatcher: four results of a small kernel took longer to make than to fill.
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes,
+                        std::optional<ScalarType> dtype = std::nullopt) {
+  int64_t strides[4];
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    const int64_t size = sizes.begin()[i];
+    strides[i] = stride;
+    stride *= size > 1 ? size : 1;
+  }
+  int32_t device_type, device_index, type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  type = torch::stable::detail::to<int32_t>(
+      torch::stable::detail::from(dtype.value_or(like.scalar_type())));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                  strides, type, device_type, device_index,
+                                                  &handle));
+  return Tensor(handle);
 }
 
 inline ScalarType accumulation_type(const Tensor& tensor) {

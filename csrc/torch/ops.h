@@ -12,8 +12,6 @@
 
 namespace tpcore {
 
-using torch::stable::new_empty;
-
 // clang-format off
 #define TPCORE_LAUNCHERS(launcher)                                          \
   launcher(layer_norm_forward, LayerNormForward)                            \
@@ -348,7 +346,8 @@ std::tuple<Tensor, Tensor> masked_softmax_forward(const Tensor& scores, const Op
   args.key = dropout.key();
   args.dropout_scale = dropout.scale();
   Tensor y = new_empty(scores, {args.batch, args.heads, args.queries, args.keys});
-  Tensor probs = args.key ? torch::stable::empty_like(y) : new_empty(scores, {0});
+  Tensor probs = args.key ? new_empty(scores, {args.batch, args.heads, args.queries, args.keys})
+                          : new_empty(scores, {0});
   args.y = y.mutable_data_ptr();
   args.probs = args.key ? probs.mutable_data_ptr() : nullptr;
   Device::masked_softmax_forward(args);

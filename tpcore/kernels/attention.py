@@ -20,13 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tpcore._native import check_dropout_key
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
-from tpcore.kernels.backend import check_operands, choose
-from tpcore.kernels.rows import as_rows, in_shape_of
+from tpcore.kernels.backend import check_operands, choose, raw_ops
+from tpcore.kernels.rows import as_rows, in_shape_of, once_differentiable
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -45,7 +44,7 @@ class _PackedAttention(torch.autograd.Function):
     ) -> Tensor:
         t, n, _, d = qkv.shape
         constants = scale, causal, dropout_p, seed, stream, row_ids, head_offset
-        context, maximum, sum_exp = torch.ops.tpcore.packed_attention_forward(
+        context, maximum, sum_exp = raw_ops("cpu").packed_attention_forward(
             as_rows(qkv, n * 3 * d), cu_seqlens, n, *constants
         )
         ctx.set_materialize_grads(False)
@@ -61,7 +60,7 @@ class _PackedAttention(torch.autograd.Function):
             qkv, maximum, sum_exp, cu_seqlens, seed, row_ids = ctx.saved_tensors
             scale, causal, dropout_p, stream, head_offset = ctx.constants
             _, n, _, d = qkv.shape
-            grad_qkv = torch.ops.tpcore.packed_attention_backward(
+            grad_qkv = raw_ops("cpu").packed_attention_backward(
                 as_rows(grad, n * d),
                 as_rows(qkv, n * 3 * d),
                 maximum,

@@ -104,14 +104,17 @@ def _dtype_refusal(backend: str, x: Tensor, parameters: tuple[Tensor | None, ...
         return ""
     if x.dtype not in _DTYPES or (backend == "triton" and x.dtype == torch.float64):
         return f"does not take {x.dtype}"
-    given = [p.dtype for p in parameters if p is not None]
-    if not given:
+    given = None
+    for parameter in parameters:
+        if parameter is None:
+            continue
+        if given is None:
+            given = parameter.dtype
+        elif parameter.dtype != given:
+            return f"takes weight and bias of one dtype, not {given} and {parameter.dtype}"
+    if given is None or given == x.dtype or (given == torch.float32 and x.dtype != torch.float64):
         return ""
-    if any(dtype != given[0] for dtype in given):
-        return f"takes weight and bias of one dtype, not {given[0]} and {given[1]}"
-    if given[0] == x.dtype or (given[0] == torch.float32 and x.dtype != torch.float64):
-        return ""
-    return f"takes parameters in the dtype of x ({x.dtype}) or float32, not {given[0]}"
+    return f"takes parameters in the dtype of x ({x.dtype}) or float32, not {given}"
 
 
 def check_operands(name: str, x: Tensor, **others: Tensor | None) -> None:
@@ -128,14 +131,15 @@ def check_operands(name: str, x: Tensor, **others: Tensor | None) -> None:
         )
     if x.dim() == 0:
         raise ValueError(f"{name} has no dimension; expected a last dimension to work along")
+    device = x.device
     for other, tensor in others.items():
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{other} is {tensor!r}; expected a tensor")
-        if tensor.device != x.device:
+        if tensor.device != device:
             raise ValueError(
-                f"{other} is on {tensor.device} and {name} on {x.device}; move {other} there"
+                f"{other} is on {tensor.device} and {name} on {device}; move {other} there"
             )
 
 
@@ -164,9 +168,38 @@ def choose(op: str, x: Tensor, *parameters: Tensor | None) -> str:
     return backend
 
 
+class _PastAutograd:
+    """The raw ops of a namespace without the question whether a gradient would be lost.
+
+    Their Autograd kernel asks it in Python, on every call; those who call from inside an
+    autograd.Function know the answer.
+    """
+
+    def __init__(self, namespace: Any) -> None:
+        self._namespace = namespace
+
+    def __getattr__(self, name: str) -> Any:
+        op = getattr(self._namespace, name).default
+
+        def call(*arguments: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(*arguments)
+
+        setattr(self, name, call)
+        return call
+
+
+_NAMESPACES = {True: torch.ops.tpcore_triton, False: torch.ops.tpcore}
+_PAST_AUTOGRAD = {triton: _PastAutograd(namespace) for triton, namespace in _NAMESPACES.items()}
+
+
 def raw_ops(backend: str) -> Any:
-    """The raw ops of a backend with kernels, under the names of `_native.RAW_OPS`."""
-    return torch.ops.tpcore_triton if backend == "triton" else torch.ops.tpcore
+    """The raw ops of a backend with kernels, for use inside an autograd.Function.
+
+    They have the names of `_native.RAW_OPS`. A graph that is being traced sees the ops themselves.
+    """
+    namespaces = _NAMESPACES if torch.compiler.is_compiling() else _PAST_AUTOGRAD
+    return namespaces[backend == "triton"]
 
 
 def has_kernel(op: str, x: Tensor) -> bool:

@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tpcore._native import check_dropout_key
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
 from tpcore.kernels.backend import check_operands, choose, raw_ops
-from tpcore.kernels.rows import as_rows, as_vector, in_shape_of
+from tpcore.kernels.rows import as_rows, as_vector, in_shape_of, once_differentiable
 
 
 class _BiasDropoutResidual(torch.autograd.Function):
@@ -55,7 +54,7 @@ class _BiasDropoutResidual(torch.autograd.Function):
         )
         ctx.set_materialize_grads(False)
         if backend == "cpu":
-            y, keep = torch.ops.tpcore.bias_dropout_residual_cpu_forward(*arguments)
+            y, keep = raw_ops(backend).bias_dropout_residual_cpu_forward(*arguments)
             ctx.save_for_backward(keep)
         else:
             y = raw_ops(backend).bias_dropout_residual_forward(*arguments)
@@ -77,7 +76,7 @@ class _BiasDropoutResidual(torch.autograd.Function):
             rows, needs = as_rows(grad_y, grad_y.shape[-1]), (write_x, need_bias)
             if ctx.backend == "cpu":
                 (keep,) = ctx.saved_tensors
-                grad_x, grad_bias = torch.ops.tpcore.bias_dropout_residual_cpu_backward(
+                grad_x, grad_bias = raw_ops(ctx.backend).bias_dropout_residual_cpu_backward(
                     rows, keep, p, *needs
                 )
             else:

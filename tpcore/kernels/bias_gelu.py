@@ -19,12 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
 from tpcore.kernels.backend import check_operands, choose, raw_ops
-from tpcore.kernels.rows import as_parameter_grad, as_rows, as_vector, in_shape_of
+from tpcore.kernels.rows import (
+    as_parameter_grad,
+    as_rows,
+    as_vector,
+    in_shape_of,
+    once_differentiable,
+)
 
 APPROXIMATIONS = ("none", "tanh", "erf_1.41421")
 

@@ -27,12 +27,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
 from tpcore.kernels.backend import check_operands, choose, raw_ops
-from tpcore.kernels.rows import with_dense_rows
+from tpcore.kernels.rows import once_differentiable, with_dense_rows
 
 Statistics = tuple[Tensor, Tensor, Tensor, Tensor]
 Combine = Callable[[Tensor, Tensor, Tensor, Tensor], Statistics]

@@ -20,12 +20,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
 from tpcore.kernels.backend import check_operands, choose, raw_ops
-from tpcore.kernels.rows import as_parameter_grad, as_rows, as_vector, in_shape_of
+from tpcore.kernels.rows import (
+    as_parameter_grad,
+    as_rows,
+    as_vector,
+    in_shape_of,
+    once_differentiable,
+)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -148,22 +153,24 @@ def _check_normalized_shape(
     bias: Tensor | None,
     normalized_shape: Sequence[int] | int | None,
 ) -> tuple[int, ...]:
+    shape: tuple[int, ...]
     if normalized_shape is None:
         given = weight if weight is not None else bias
-        shape = tuple(given.shape) if given is not None else tuple(x.shape[-1:])
+        shape = given.shape if given is not None else x.shape[-1:]
     else:
         shape = (
             (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
         )
-    if not shape or tuple(x.shape[-len(shape) :]) != shape:
+    if not shape or x.shape[-len(shape) :] != shape:
         raise ValueError(
-            f"x of shape {tuple(x.shape)} does not end in the normalized shape {shape}; pass "
-            "normalized_shape=, or weight and bias of the shape of the last dimensions"
+            f"x of shape {tuple(x.shape)} does not end in the normalized shape {tuple(shape)}; "
+            "pass normalized_shape=, or weight and bias of the shape of the last dimensions"
         )
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and tuple(parameter.shape) != shape:
+        if parameter is not None and parameter.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(parameter.shape)}; expected the normalized shape {shape}"
+                f"{name} has shape {tuple(parameter.shape)}; expected the normalized shape "
+                f"{tuple(shape)}"
             )
     return shape
 

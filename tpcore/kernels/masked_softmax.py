@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tpcore._native import check_dropout_key
 from tpcore.kernels import reference
 from tpcore.kernels.autocast import without_autocast
 from tpcore.kernels.backend import check_operands, choose, raw_ops
-from tpcore.kernels.rows import with_dense_rows
+from tpcore.kernels.rows import once_differentiable, with_dense_rows
 
 
 class _MaskedSoftmax(torch.autograd.Function):

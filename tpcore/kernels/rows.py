@@ -1,8 +1,13 @@
-"""Kernels see rows: tensors of any shape become matrices and back."""
+"""Between autograd and the kernels, which see rows: any tensor becomes a matrix and back."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.autograd.function
 from torch import Tensor
 
 
@@ -41,3 +46,14 @@ def in_shape_of(rows: Tensor, x: Tensor) -> Tensor:
     if rows.shape == x.shape:
         return rows
     return torch.ops.aten._unsafe_view(rows, x.shape)
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As torch's decorator of that name, free where no graph of the backward is asked for."""
+    guarded = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *grads: Tensor | None) -> Any:
+        return guarded(ctx, *grads) if torch.is_grad_enabled() else backward(ctx, *grads)
+
+    return wrapper
