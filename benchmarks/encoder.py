@@ -188,6 +188,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{options.layers} layers of {options.hidden}, {options.heads} heads; {options.batch} "
         f"sequences of up to {options.length} tokens; forward and backward, no optimizer"
     ]
+    late: list[str] = []
     for dtype in options.dtypes:
         kind = torch.float32 if dtype == "fp32" else torch.bfloat16
         peak = measure.matrix_tflops(options.matrix, kind, options.device)
@@ -202,13 +203,13 @@ def main(arguments: list[str] | None = None) -> int:
             for provider in options.providers:
                 what = f"{provider}, {name}, {dtype}"
                 if deadline.passed():
-                    notes.append(f"no time for {what}")
+                    late.append(what)
                     continue
                 try:
                     step = PROVIDERS[provider](options, batch, dtype)
                     times, memory = measure_step(step, options.device, options.rounds)
                 except Exception as error:  # one provider's failure is a result, not the end
-                    reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                    reason = measure.in_a_line(error)
                     notes.append(f"fails: {what}: {reason}")
                     continue
                 finally:
@@ -219,6 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
                     rows[-1]["tpcore_is_faster_by"] = row["median_ms"] / rows[0]["median_ms"]
                 table.add(rows[-1:])
                 print(", ".join(f"{c}={rows[-1].get(c)}" for c in COLUMNS), flush=True)
+    if late:
+        notes.append(f"no time for: {'; '.join(late)}")
     table.finish(notes)
     print("\n".join(notes))
     return 1 if any(note.startswith("fails: tpcore") for note in notes) else 0

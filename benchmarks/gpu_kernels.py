@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,8 +45,10 @@ COLUMNS = (
 )
 
 
-def providers(case: Case, device: str) -> dict[str, Callable[..., Tensor]]:
-    """Provider -> its function, of those that are here."""
+def providers(
+    case: Case, device: str, wanted: Sequence[str] | None
+) -> dict[str, Callable[..., Tensor]]:
+    """Provider -> its function, of those that are here and wanted."""
     found: dict[str, Callable[..., Tensor]] = {}
     for provider, backend in OURS.items():
         if _serves(backend or device, case.op.split("+")[0], device):
@@ -54,7 +57,7 @@ def providers(case: Case, device: str) -> dict[str, Callable[..., Tensor]]:
     torch.compiler.reset()
     found["compile"] = torch.compile(case.functions["eager"], dynamic=False)
     found.update({n: f for n, f in case.functions.items() if n in ("liger", "apex")})
-    return found
+    return {name: f for name, f in found.items() if wanted is None or name in wanted}
 
 
 def _on(backend: str, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -136,6 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="the first size of each op, bf16")
     parser.add_argument("--tiny", action="store_true", help="small tensors: a test of this program")
     parser.add_argument("--ops", nargs="+", help="only these")
+    parser.add_argument("--providers", nargs="+", help="only these")
     options = parser.parse_args(arguments)
     device, deadline = options.device, measure.Deadline(options.seconds)
     table = measure.Table(measure.results_folder(), "gpu_kernels", COLUMNS, device)
@@ -145,30 +149,28 @@ def main(arguments: list[str] | None = None) -> int:
     notes = [f"a copy of {copied >> 20} MiB moves {copy:.0f} GB/s, read and written"]
     dtypes = ("bf16",) if options.quick else ("bf16", "fp32")
     done: set[str] = set()
-    for make in cases(options.tiny, device):
-        for dtype in dtypes:
-            if deadline.passed():
-                notes.append(f"no time for {make.func.__name__}{make.args[:-1]} in {dtype}")
-                continue
-            case = make()
-            if (options.ops and case.op.split("+")[0] not in options.ops) or (
-                options.quick and case.op in done
-            ):
-                continue
-            times = {}
-            for provider, function in providers(case, device).items():
-                try:
-                    times[provider] = measure_provider(
-                        function, case, DTYPES[dtype], device, rounds
-                    )
-                except Exception as error:  # one provider's failure is a result, not the end
-                    reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                    notes.append(f"{provider} fails in {case.op} {case.size} {dtype}: {reason}")
-            rows = rows_of(case, dtype, times, copy) if times else []
-            table.add(rows)
-            _print(rows)
-            if dtype == dtypes[-1]:
-                done.add(case.op)
+    late: list[str] = []
+    for make, dtype in itertools.product(cases(options.tiny, device), dtypes):
+        if deadline.passed():
+            late.append(f"{make.func.__name__}{make.args[:-1]} {dtype}")
+            continue
+        case = make()
+        op = case.op.split("+")[0]
+        if op not in (options.ops or [op]) or (options.quick and case.op in done):
+            continue
+        times = {}
+        for provider, function in providers(case, device, options.providers).items():
+            try:
+                times[provider] = measure_provider(function, case, DTYPES[dtype], device, rounds)
+            except Exception as error:  # one provider's failure is a result, not the end
+                reason = measure.in_a_line(error)
+                notes.append(f"{provider} fails in {case.op} {case.size} {dtype}: {reason}")
+        rows = rows_of(case, dtype, times, copy)
+        table.add(rows)
+        _print(rows)
+        done.add(case.op)
+    if late:
+        notes.append(f"no time for: {'; '.join(late)}")
     table.finish(notes)
     print("\n".join(notes))
     return 1 if any(note.startswith("tpcore") for note in notes) else 0

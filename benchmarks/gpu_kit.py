@@ -127,10 +127,9 @@ def _run_stage(stage: Stage, limit_s: float, log: Log) -> None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends what the stage's process has left running, and itself; they are a session of their own."""
-    with_children = process.pid
+    """Ends a stage's process and what it has left running: they are a session of their own."""
     try:
-        os.killpg(with_children, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         return
     finally:
@@ -232,30 +231,9 @@ def benchmark_stages(size: str, device: str) -> tuple[Stage, Stage]:
         encoder += ["--providers", "tpcore", "MegatronBert eager", "Bert sdpa"]
     if size == "tiny":
         kernels += ["--quick", "--tiny", "--ops", "bias_gelu"]
-        encoder += [
-            "--layers",
-            "1",
-            "--hidden",
-            "32",
-            "--heads",
-            "2",
-            "--batch",
-            "2",
-            "--length",
-            "16",
-        ]
-        encoder += [
-            "--vocabulary",
-            "99",
-            "--matrix",
-            "64",
-            "--rounds",
-            "2",
-            "--dtypes",
-            "fp32",
-            "--batches",
-            "mixed",
-        ]
+        small = "layers=1 hidden=32 heads=2 batch=2 length=16 vocabulary=99 matrix=64 rounds=2"
+        encoder += [f"--{number}" for number in small.split()]
+        encoder += ["--dtypes", "fp32", "--batches", "mixed"]
         encoder += ["--providers", "tpcore"]
     return Stage("kernel benchmarks", kernels), Stage("encoder benchmark", encoder)
 

@@ -151,6 +151,11 @@ def _shown(cell: object) -> str:
     return "" if cell is None else str(cell)
 
 
+def in_a_line(error: Exception) -> str:
+    """What went wrong, for a note under a table."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
 class Deadline:
     """When to begin nothing new."""
 

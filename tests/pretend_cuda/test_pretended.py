@@ -1,4 +1,4 @@
-"""What runs on a GPU, run here: the bindings, the tests of an op, the GPU kit, on a pretended device."""
+"""What is for a GPU runs on a pretended one: the bindings, the tests of the ops, the GPU kit."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from tests import pretend_cuda
 from tests.helpers.device import DEVICE
 from tests.pretend_cuda import ROOT
 
-pytestmark = pytest.mark.skipif(
-    bool(pretend_cuda.refusal()) or DEVICE != "cpu",
-    reason=pretend_cuda.refusal() or "runs on a GPU",
-)
+REFUSAL = pretend_cuda.refusal() or ("runs on a GPU" if DEVICE != "cpu" else "")
+pytestmark = pytest.mark.skipif(bool(REFUSAL), reason=REFUSAL)
 
 
 def _run(*command: str, **variables: str) -> str:
@@ -93,8 +91,10 @@ def test_the_kit(tmp_path):
     assert len(list(out.iterdir())) == 6
     (kernels,) = out.glob("gpu_kernels_*.csv")
     rows = kernels.read_text().splitlines()
-    for provider in ("tpcore-native", "tpcore-triton", "eager", "compile"):
+    for provider in ("tpcore-native", "tpcore-triton", "eager"):
         assert any(f"bf16,backward,{provider}," in row for row in rows), provider
+    # Inductor knows that there is no GPU; a peer that fails is a note, not the end.
+    assert "- compile fails in bias_gelu" in kernels.with_suffix(".md").read_text()
     (encoder,) = out.glob("gpu_encoder_*.csv")
     assert "mixed,fp32,tpcore," in encoder.read_text()
     log = (out / "gpu_log.txt").read_text()
