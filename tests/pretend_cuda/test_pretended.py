@@ -82,6 +82,7 @@ def test_layers_and_models():
     assert " passed" in _pytest("-k", selected, *folders)
 
 
+@pytest.mark.slow
 def test_the_kit(tmp_path):
     """Every stage of `make gpu`, tiny."""
     out = tmp_path / "out"
