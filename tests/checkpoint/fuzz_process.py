@@ -31,6 +31,8 @@ from tpcore.checkpoint import CheckpointError
 from tpcore.checkpoint.archive import Archive, unpack
 
 SECONDS_EACH = 20
+FEWEST = 20
+"""Files of each container, however slow the machine is."""
 EXTRA_BYTES = 2 * 2**30
 INTERESTING = (
     b"\xff\xff\xff\xff",
@@ -193,7 +195,7 @@ def fuzz(name: str, seconds: float) -> None:
     @given(steps=mutations())
     def attack(steps: list[tuple]) -> None:
         nonlocal count, refused
-        if time.monotonic() > end:
+        if count >= FEWEST and time.monotonic() > end:
             return
         file.write_bytes(container.damage(valid, steps))
         signal.alarm(SECONDS_EACH)  # kills: a reader that hangs in C cannot be interrupted
@@ -206,7 +208,7 @@ def fuzz(name: str, seconds: float) -> None:
         signal.alarm(0)
         count += 1
 
-    while time.monotonic() < end:
+    while count < FEWEST or time.monotonic() < end:
         seed(random.randrange(2**63))(attack)()
     print(f"{name}: {count} files, {refused} refused", flush=True)
     shutil.rmtree(folder)
