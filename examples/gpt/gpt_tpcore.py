@@ -14,9 +14,9 @@ from tpcore.layers import (
     PackedSequences,
     TransformerBlock,
     VocabParallelEmbedding,
+    column_parallel_linear,
     vocab_parallel_cross_entropy,
 )
-from tpcore.layers.linear_function import column_parallel_linear
 from tpcore.parallel import (
     DropoutContext,
     Site,
