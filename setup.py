@@ -47,7 +47,7 @@ SANITIZE = [
 # Instruction set -> the flags of its translation units. Never -march=native: the choice is made at
 # run time.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mbmi2", *AVX2]
 X86_ISAS = {
     "scalar": [],
     "avx2": AVX2,

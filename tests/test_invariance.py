@@ -139,7 +139,7 @@ def test_loss_curve_is_the_same_at_every_size():
         (4, SELECTIVE),
         (4, SEQUENCE | FULL),
     ):
-        drifts = run_ranks(_check_curve, size, expected, bound, options)
+        drifts = run_ranks(_check_curve, size, expected, bound, options, timeout_s=900)
         print(f"size {size}, {options}: drift {max(drifts):.2e}, bound {bound:.2e}")
 
 

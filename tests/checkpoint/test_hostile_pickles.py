@@ -137,7 +137,7 @@ GROWING = {
         "tuples as keys",
     ),
     "a set of tuples": ("args", call("builtins.set", b"]K\x01K\x02\x86a"), "builtins.set"),
-    "too many instructions": ("optimizer", b"](" + b"]" * 1_100_000 + b"e", "instructions"),
+    "too many instructions": ("optimizer", b"](" + b"]" * 600_000 + b"e", "instructions"),
 }
 
 

@@ -11,7 +11,7 @@ import torch
 from tests.checkpoint import golden, tiny
 from tests.helpers.ranks import run_ranks
 from tpcore import checkpoint
-from tpcore.checkpoint import CheckpointError, CheckpointInfo, megatron
+from tpcore.checkpoint import CheckpointError, CheckpointInfo, stored
 from tpcore.parallel.sharding import shard
 
 PRETRAINED = golden.COMMITTED / "ckptv1.0_tp2" / "ckpt"
@@ -237,7 +237,7 @@ def test_inspect_reads_no_tensors(monkeypatch):
     def read(*args, **kwargs):
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(megatron, "_join", read)
+    monkeypatch.setattr(stored.FilePiece, "read_box", read)
     with pytest.raises(AssertionError, match="a tensor was read"):
         checkpoint.load(PRETRAINED)
     assert isinstance(checkpoint.inspect(PRETRAINED), CheckpointInfo)

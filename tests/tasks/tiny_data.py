@@ -66,7 +66,27 @@ def write_question_answering(folder: Path) -> dict[str, Any]:
     }
 
 
+def write_relation_extraction(folder: Path) -> dict[str, Any]:
+    """The word between the entities is the relation."""
+    for name, count, seed in (("train", 24, 0), ("validation", 13, 1)):
+        draw = random.Random(seed)
+        lines = []
+        for number in range(count):
+            label = ("likes", "hates", "none")[number % 3]
+            between = draw.choice({"likes": tiny.GOOD, "hates": tiny.BAD}.get(label, OTHERS))
+            before = " ".join(draw.choice(OTHERS) for _ in range(draw.randint(1, 6)))
+            text = f"{before} << {draw.choice(OTHERS)} >> {between} [[ {draw.choice(OTHERS)} ]] ."
+            lines.append(json.dumps({"text": text, "label": label}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return {
+        "model__train_ds__file_path": folder / "train.jsonl",
+        "model__validation_ds__file_path": folder / "validation.jsonl",
+        "model__dataset__add_markers": True,
+    }
+
+
 WRITERS = {
+    "relation_extraction": write_relation_extraction,
     "token_classification": write_token_classification,
     "question_answering": write_question_answering,
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +17,7 @@ from tpcore.parallel.collectives import all_reduce, barrier
 from tpcore.parallel.group import TensorParallelGroup
 
 _ELSEWHERE = "choose another folder"
+_ALMOST_FULL_BYTES = 64 * 2**20
 
 
 def check_apart(destination: Path, source: Path, files: Iterable[Path] = ()) -> None:
@@ -158,8 +161,28 @@ def _attempt(step: Callable[[], object], destination: Path) -> CheckpointError |
 
 def unwritable(destination: Path, error: Exception) -> CheckpointError:
     """The one line that says why a folder cannot be written."""
-    reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[0]
-    return CheckpointError(f"{destination}: cannot be written ({reason})")
+    return CheckpointError(f"{destination}: cannot be written ({_reason(destination, error)})")
+
+
+def _reason(destination: Path, error: Exception) -> str:
+    """What the system says; torch and safetensors hide it in texts of their own."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).strip()
+    code = re.search(r"os error (\d+)", text)
+    if code:
+        return os.strerror(int(code.group(1)))
+    if "inline_container" in text or "PytorchStreamWriter" in text:
+        free = shutil.disk_usage(_existing(destination)).free
+        if free < _ALMOST_FULL_BYTES:
+            return f"{os.strerror(errno.ENOSPC)}: {free:,} bytes are free"
+        return "a file could not be written whole; the disk is full, or limits the size of files"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _sync(folder: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 from tpcore.checkpoint import names
 from tpcore.checkpoint.errors import CheckpointError, shown
 from tpcore.checkpoint.fields import Fields
-from tpcore.checkpoint.state import CanonicalState, StoredTensor
+from tpcore.checkpoint.state import CanonicalState
+from tpcore.checkpoint.stored import StoredTensor
 from tpcore.models.config import BertConfig
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,16 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from tpcore.checkpoint import folders, huggingface, megatron, megatron_files, registry
+from tpcore.checkpoint import (
+    dist_metadata,
+    folders,
+    huggingface,
+    megatron,
+    megatron_dist,
+    megatron_files,
+    megatron_write,
+    registry,
+)
 from tpcore.checkpoint.build import AUTO, build_model, override_config, state_from_model
 from tpcore.checkpoint.errors import CheckpointError
 from tpcore.checkpoint.info import CheckpointInfo
@@ -219,12 +228,19 @@ def _read(path: Path, qkv_layout: str | None, overrides: Mapping[str, Any]) -> C
                 "which keeps q, k and v apart"
             )
         state = huggingface.read(path)
+    elif megatron_dist.recognise(path):
+        if qkv_layout not in (None, "v3"):
+            raise CheckpointError(
+                f"{path}: qkv_layout={qkv_layout!r}, but a torch_dist checkpoint has the order v3"
+            )
+        state = megatron_dist.read(path, overrides=overrides)
     elif megatron_files.recognise(path):
         state = megatron.read(path, qkv_layout=qkv_layout, overrides=overrides)
     else:
         raise CheckpointError(
             f"{path}: no checkpoint is recognised there; expected a Megatron-LM directory "
-            f"({megatron_files.TRACKER} or mp_rank_XX folders), one of its .pt files, or a "
+            f"({megatron_files.TRACKER}, mp_rank_XX folders or {dist_metadata.METADATA}), one of "
+            "its .pt files, or a "
             f"Hugging Face folder ({huggingface.CONFIG} with {huggingface.SAFETENSORS} or "
             f"{huggingface.PICKLE})"
         )
@@ -233,7 +249,8 @@ def _read(path: Path, qkv_layout: str | None, overrides: Mapping[str, Any]) -> C
 
 def _check_files(state: CanonicalState) -> None:
     for file in state.source.files:
-        check_records(file)
+        if file.suffix != ".distcp":  # many torch files in one
+            check_records(file)
 
 
 def _check_format(name: str) -> None:
@@ -245,7 +262,7 @@ def _check_writable(state: CanonicalState, name: str, size: int) -> None:
     if name == "huggingface":
         huggingface.check_writable(state)
     else:
-        megatron.check_writable(state, size)
+        megatron_write.check_writable(state, size)
 
 
 def _prepare(destination: Path, overwrite: bool) -> None:
@@ -283,9 +300,9 @@ def _write(
         # Each rank saves its own shard where it has it; otherwise rank 0 saves what all gather.
         own = state.holds(tp.rank, size, state.padded_rows(size))
         for rank in [tp.rank] if own else range(size):
-            content = megatron.rank_content(state, size, rank)
+            content = megatron_write.rank_content(state, size, rank)
             if own or tp.rank == 0:
-                attempt(megatron.save_rank, folder, content, state, rank)
+                attempt(megatron_write.save_rank, folder, content, state, rank)
     if tp.rank == 0:
         for file in tokenizer_files:
             attempt(shutil.copyfile, file, folder / file.name)

@@ -35,7 +35,7 @@ from tpcore.checkpoint.pickle_values import (
 )
 
 MAX_BYTES = 32 * 2**20
-MAX_INSTRUCTIONS = 1_000_000
+MAX_INSTRUCTIONS = 500_000
 MAX_DEPTH = 500
 MAX_TUPLE_COST = 100_000
 MAX_KEY_COST = 100_000

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tpcore.tasks.question_answering import QuestionAnswering
+    from tpcore.tasks.relation_extraction import RelationExtraction
     from tpcore.tasks.task import DataError, Dataset, Example, Task, TaskBatch
     from tpcore.tasks.text_classification import TextClassification
     from tpcore.tasks.token_classification import TokenClassification
@@ -21,6 +22,7 @@ _HOMES = {
     "Dataset": "task",
     "Example": "task",
     "QuestionAnswering": "question_answering",
+    "RelationExtraction": "relation_extraction",
     "Task": "task",
     "TaskBatch": "task",
     "TextClassification": "text_classification",
@@ -33,6 +35,7 @@ __all__ = [
     "Dataset",
     "Example",
     "QuestionAnswering",
+    "RelationExtraction",
     "Task",
     "TaskBatch",
     "TextClassification",
@@ -44,6 +47,7 @@ TASKS = {
     "text_classification": "TextClassification",
     "token_classification": "TokenClassification",
     "question_answering": "QuestionAnswering",
+    "relation_extraction": "RelationExtraction",
 }
 """The name that a configuration's `task:` has -> the class."""
 

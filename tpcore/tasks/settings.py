@@ -321,6 +321,28 @@ class TokenClassificationSections(TaskSections):
         yield is_dropout("head.fc_dropout", self.head.fc_dropout)
 
 
+# --- relation extraction ------------------------------------------------------------------------
+
+
+@dataclass
+class RelationDatasetConfig(TextDatasetConfig):
+    """model.dataset of relation_extraction."""
+
+    markers: list[str] | None = None
+    """What marks entities in the texts; null: found: `<< >> [[ ]]`, `<e1> </e1>`, `@GENE$`."""
+    add_markers: bool = False
+    """Make each marker a token of its own, with a new row of the word embeddings."""
+    negative_label: str | None = None
+    """The label that is no relation, left out of micro_f1; null: one such as Other, false or 0."""
+
+
+@dataclass
+class RelationExtractionSections(TextClassificationSections):
+    """Keys of task=relation_extraction."""
+
+    dataset: RelationDatasetConfig = field(default_factory=RelationDatasetConfig)
+
+
 # --- question answering -------------------------------------------------------------------------
 
 
@@ -402,5 +424,6 @@ SECTIONS: dict[str, type[TaskSections]] = {
     "text_classification": TextClassificationSections,
     "token_classification": TokenClassificationSections,
     "question_answering": QuestionAnsweringSections,
+    "relation_extraction": RelationExtractionSections,
 }
 """By the name that a configuration's `task:` has."""

@@ -213,7 +213,7 @@ class TextClassification:
             records.append(TextRecord(row.line, text, label))
         notes = [f"{path}: {layout}"]
         if labelled:
-            notes += _class_notes(str(path), [record.label or "" for record in records])
+            notes += class_notes(str(path), [record.label or "" for record in records])
         if num_blank:
             notes.append(f"{path}: {num_blank} blank line(s) left out")
         return self._encode(str(path), records, notes)
@@ -356,7 +356,7 @@ class TextClassification:
         )
 
 
-def _class_notes(source: str, labels: Sequence[str]) -> list[str]:
+def class_notes(source: str, labels: Sequence[str]) -> list[str]:
     """The classes of a file with their counts, and what looks like a slip among them."""
     counts = Counter(labels)
     shown = [f"{name} {count}" for name, count in sorted(counts.items())[:NUM_SHOWN]]
