@@ -30,7 +30,7 @@ def _run(*command: str, **variables: str) -> str:
 
 
 def _pytest(*arguments: str) -> str:
-    return _run("-m", "pytest", "-q", *arguments)
+    return _run("-m", "pytest", *arguments)
 
 
 def test_it_is_a_device_of_its_own():
