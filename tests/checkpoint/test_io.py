@@ -309,8 +309,8 @@ def test_saving_again_needs_overwrite_and_a_checkpoint(tmp_path):
 
 def test_formats_and_sizes_that_cannot_be_written(tmp_path):
     model = checkpoint.load(CLASSIFIER)
-    with pytest.raises(CheckpointError, match="format 'nemo' cannot be written"):
-        checkpoint.save(model, tmp_path / "x", format="nemo")
+    with pytest.raises(CheckpointError, match="format 'onnx' cannot be written"):
+        checkpoint.save(model, tmp_path / "x", format="onnx")
     with pytest.raises(CheckpointError, match="use 1, 2 or 4"):
         checkpoint.save(model, tmp_path / "x", tensor_parallel_size=3)
     with pytest.raises(CheckpointError, match="a Linear cannot be saved"):

@@ -99,6 +99,9 @@ def publish(destination: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+_publish = publish
+
+
 def discard(destination: Path) -> None:
     """Remove the pending folder of a write that failed."""
     shutil.rmtree(pending(destination), ignore_errors=True)
@@ -112,6 +115,7 @@ def write_together(
     prepare: Callable[[], object],
     write: Callable[[Path], None],
     finish: Callable[[Path], None] | None = None,
+    publish: Callable[[], None] | None = None,
 ) -> None:
     """Make a folder to which every rank of a group contributes: all of it, or nothing.
 
@@ -124,6 +128,7 @@ def write_together(
         prepare: makes the pending folder; called on rank 0 only.
         write: writes this rank's part into the folder that it is given; called on every rank.
         finish: writes what needs the parts of all ranks; called on rank 0 only.
+        publish: gives what was written its name; None: that of the folder.
 
     Raises:
         CheckpointError: a step failed here or on another rank.
@@ -133,7 +138,7 @@ def write_together(
         (prepare, True),
         (lambda: write(folder), False),
         (lambda: finish and finish(folder), True),
-        (lambda: publish(destination), True),
+        (publish or (lambda: _publish(destination)), True),
     ]
     for step, only_first in steps:
         error = None if only_first and tp.rank != 0 else _attempt(step, destination)

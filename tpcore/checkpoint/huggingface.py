@@ -141,6 +141,11 @@ def check_writable(state: CanonicalState) -> dict[str, str]:
         raise CheckpointError(
             f"{where}: the model has no token types; transformers has no BERT without them"
         )
+    if state.head == "sequence_classification" and not state.head_kwargs.get("pooler", True):
+        raise CheckpointError(
+            f"{where}: its classifier sees the first token without a pooler; transformers has no "
+            "such model (head=None, or another format, keeps what there is)"
+        )
     expanded = names.expand(TABLES[model_type_of(config)], config.num_layers)
     inverse = {target: key for key, target in expanded.items() if target is not None}
     known = {name.replace(".qkv.query.", ".qkv.") for name in inverse}

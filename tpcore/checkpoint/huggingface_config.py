@@ -38,7 +38,7 @@ _SUFFIXES = {
 # What transformers has no word for, under names that it keeps but does not read.
 _GELU, _LM_HEAD_GELU = "tpcore_gelu", "tpcore_lm_head_gelu"
 _DROPOUT_AFTER_NORM = "tpcore_embedding_dropout_after_norm"
-_MAX_JSON_BYTES = 64 * 2**20
+_MAX_JSON_BYTES = 16 * 2**20
 
 
 def read_json(path: Path) -> dict[str, Any]:

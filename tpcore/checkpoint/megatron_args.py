@@ -14,7 +14,7 @@ import torch
 
 from tpcore.checkpoint.errors import CheckpointError, shown
 from tpcore.checkpoint.fields import Fields
-from tpcore.checkpoint.state import CanonicalState
+from tpcore.checkpoint.state import HEADS, CanonicalState
 from tpcore.models.config import PRESETS, VOCAB_DIVISOR, BertConfig
 
 # Fields that change the architecture into something this encoder is not, with the values that
@@ -184,9 +184,11 @@ def head_from_args(
         head: what the names of the parameters make up.
         num_layers: linear layers of a classifier.
     """
+    stored = args.text(_HEAD)
+    if head is None and stored is not None and stored not in HEADS:
+        return stored, {}  # one that tpcore does not have, and whose parameters were left out
     if head not in ("sequence_classification", "question_answering"):
         return head, {}
-    stored = args.text(_HEAD)
     if head == "sequence_classification" and stored == "token_classification":
         head = stored
     options = args.values.get(_HEAD_KWARGS)

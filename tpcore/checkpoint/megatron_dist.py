@@ -58,12 +58,18 @@ def recognise(path: Path) -> bool:
     return (path / METADATA).is_file() or _iteration(path) is not None
 
 
-def read(path: Path, *, overrides: Mapping[str, Any] | None = None) -> CanonicalState:
+def read(
+    path: Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    args: Mapping[str, Any] | None = None,
+) -> CanonicalState:
     """Read a folder, or the iteration that the tracker file above it names.
 
     Args:
         path: where it is.
         overrides: as in `megatron.read`.
+        args: what is known of the run, where the folder does not say.
 
     Raises:
         CheckpointError: a file is missing or damaged, or something in it is not accounted for.
@@ -77,7 +83,8 @@ def read(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Canonical
     raw_args = common.get("args")
     if isinstance(raw_args, argparse.Namespace):
         raw_args = vars(raw_args)
-    args = Fields(raw_args if isinstance(raw_args, dict) else {}, where)
+    stated = raw_args if isinstance(raw_args, dict) else {}
+    run = Fields({**(args or {}), **stated}, where)
     facts = Fields({key: v for key, v in common.items() if isinstance(key, str)}, where, prefix="")
     tensors, stacked = _tensors(folder, entries)
     prefix = "model." if any(name.startswith("model.embedding.") for name in tensors) else ""
@@ -87,7 +94,7 @@ def read(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Canonical
     keys = names.translate(spelled, known, where)
     canonical = {name: named[key] for name, key in keys.items()}
     shapes = {name: tensor.shape for name, tensor in canonical.items()}
-    config, head, head_kwargs = describe(shapes, args, where, overrides)
+    config, head, head_kwargs = describe(shapes, run, where, overrides)
     copies = {
         target: named[spelled[key]]
         for key, target in names.MEGATRON_CORE_TIED.items()
@@ -101,19 +108,19 @@ def read(path: Path, *, overrides: Mapping[str, Any] | None = None) -> Canonical
             config=config,
             head=head,
             head_kwargs=head_kwargs,
-            labels=labels_from_args(args),
+            labels=labels_from_args(run),
             tensors=canonical,
             copies=copies,
             source=Source(
                 path=path,
                 format=FORMAT,
                 version=f"{facts.number('checkpoint_version', 3.0):g}",
-                tensor_parallel_size=args.integer("tensor_model_parallel_size", 1) or 1,
-                pipeline_parallel_size=args.integer("pipeline_model_parallel_size", 1) or 1,
+                tensor_parallel_size=run.integer("tensor_model_parallel_size", 1) or 1,
+                pipeline_parallel_size=run.integer("pipeline_model_parallel_size", 1) or 1,
                 iteration=facts.integer("iteration") or None,
                 qkv_layout="v3",
-                lowercase=lowercase_from_args(args),
-                notes=(f"layers: {layout}", f"{'with' if args.values else 'without'} args"),
+                lowercase=lowercase_from_args(run),
+                notes=(f"layers: {layout}", f"{'with' if run.values else 'without'} args"),
                 files=(folder / METADATA, *sorted(files)),
                 tokenizer_files=tokenizer_files((path, folder, folder.parent)),
             ),
@@ -134,7 +141,8 @@ def _check_backend(folder: Path) -> None:
     if not file.is_file():
         return
     try:
-        content = json.loads(file.read_bytes()[: 2**20])
+        with file.open("rb") as opened:
+            content = json.loads(opened.read(2**20))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: is not valid JSON ({error})") from error
     backend = content.get("sharded_backend") if isinstance(content, dict) else None

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tpcore.checkpoint import names
+from tpcore.checkpoint import names, nemo_names
 from tpcore.checkpoint.errors import CheckpointError, shown
 from tpcore.checkpoint.fields import Fields
 from tpcore.checkpoint.stored import Piece, check_dense, file_pieces, num_bytes
@@ -51,12 +51,12 @@ class RankFile:
 
 
 def read_rank(path: Path) -> RankFile:
-    """Read a file that Megatron wrote.
+    """Read a file that Megatron wrote, or NeMo, alone or by way of Lightning.
 
     Raises:
         CheckpointError: it is damaged, or something in it is not accounted for.
     """
-    return rank_of(load_pickle(path), path)
+    return rank_of(nemo_names.unwrap(load_pickle(path), str(path)), path)
 
 
 def rank_of(content: Any, path: Path, where: str | None = None) -> RankFile:

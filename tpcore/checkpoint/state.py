@@ -65,6 +65,10 @@ class Source:
     files: tuple[Path, ...] = ()
     """All files that hold weights or settings."""
     tokenizer_files: tuple[Path, ...] = ()
+    settings: Mapping[str, Any] | None = None
+    """What a .nemo file's model_config.yaml says."""
+    keep: object = None
+    """Whatever must live as long as tensors are read: a folder that files were unpacked into."""
 
 
 @dataclass(frozen=True, kw_only=True)

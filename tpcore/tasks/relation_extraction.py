@@ -21,14 +21,10 @@ from sklearn.metrics import precision_recall_fscore_support
 from tpcore.tasks.columns import ColumnSettings, Layout
 from tpcore.tasks.labels import Labels
 from tpcore.tasks.relation_files import find_markers, marked_places, read_relations
-from tpcore.tasks.settings import Source
+from tpcore.tasks.sections import Source
 from tpcore.tasks.task import DataError, Dataset, Example, Monitor
-from tpcore.tasks.text_classification import (
-    TextClassification,
-    TextPrediction,
-    TextRecord,
-    class_notes,
-)
+from tpcore.tasks.text_classification import TextClassification, TextPrediction, class_notes
+from tpcore.tasks.texts import TextRecord
 from tpcore.tokenizer import Encoding, WordPieceTokenizer
 
 NEGATIVE_NAMES = frozenset(

@@ -25,7 +25,7 @@ from tpcore.models.heads import build_head
 from tpcore.models.vocabulary import grow_vocabulary
 from tpcore.parallel.group import TensorParallelGroup
 from tpcore.tasks import DataError, Dataset, Task, task_class
-from tpcore.tasks.settings import DataConfig
+from tpcore.tasks.sections import DataConfig
 from tpcore.tokenizer import SHIPPED, WordPieceTokenizer
 from tpcore.train.config import ConfigError, ModelConfig, TrainConfig
 from tpcore.train.launch import check_num_threads
