@@ -19,19 +19,23 @@ from tpcore import checkpoint
 from tpcore.checkpoint.errors import CheckpointError
 from tpcore.models.bert import BertModel
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
-from tpcore.train.config import ConfigError
-from tpcore.train.finetune import finetune
-from tpcore.train.launch import RankError
-from tpcore.train.run import describe_run, export_run, load_run
-from tpcore.train.run_state import (
-    CheckpointKeeper,
+from tpcore.train.checkpoint_files import (
+    Manifest,
     Progress,
-    check_writable,
+    StoredFile,
     find_checkpoint,
-    find_run,
+    manifest_path,
     rank_folder,
     write_checkpoint,
+    write_json_atomically,
 )
+from tpcore.train.config import ConfigError
+from tpcore.train.finetune import finetune
+from tpcore.train.keeper import CheckpointKeeper
+from tpcore.train.launch import RankError
+from tpcore.train.run import describe_run, export_run, load_run
+from tpcore.train.run_state import check_writable, find_run
+from tpcore.train.training_state import sharded_dims
 
 TEXTS = ["the film was good", "a nasty day", "lovely food and a very fine house", "it is poor"]
 

@@ -78,6 +78,7 @@ def overrides(folder: Path, **values: Any) -> list[str]:
         "model.train_ds.batch_size": 4,
         "model.optim.lr": 1e-3,
         "trainer.log_every_n_steps": 1,
+        "exp_manager.create_tensorboard_logger": "false",
         "exp_manager.exp_dir": folder / "runs",
         "exp_manager.name": "tiny",
         "exp_manager.version": "v",
