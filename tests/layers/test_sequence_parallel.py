@@ -270,3 +270,30 @@ def test_errors():
     run_ranks(_check_errors, 2)
     with pytest.raises(ValueError, match="sequence_parallel=True needs tp"):
         LayerNorm(IN, sequence_parallel=True)
+
+
+def _check_autocast(tp):
+    """float32 weights, bfloat16 products: the sequence-parallel block against the plain one."""
+    sequences, dropout = PackedSequences.from_lengths(LENGTHS), _context()
+    x = _x(torch.float32, sum(LENGTHS), block.H)
+    results = []
+    for sequence in (False, True):
+        torch.manual_seed(0)
+        module = block._build(tp, hidden_dropout=0.1, init_std=0.3, sequence_parallel=sequence)
+        leaf = (shard(x, SHARE, tp.rank, tp.size) if sequence else x).clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(leaf, sequences, dropout)
+        assert y.dtype == torch.float32, "the residual stream left the dtype of the input"
+        y.square().sum().backward()
+        y, grad_x = y.detach(), leaf.grad
+        if not sequence:
+            y, grad_x = (shard(value, SHARE, tp.rank, tp.size) for value in (y, grad_x))
+        results.append([y, grad_x, *(parameter.grad for parameter in module.parameters())])
+    for plain, ours in zip(*results, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - plain).norm() <= 0.03 * plain.norm()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_autocast(size):
+    run_ranks(_check_autocast, size)

@@ -98,3 +98,29 @@ def test_ids_are_integers(name):
     ids = torch.tensor([[1, 2]])
     with pytest.raises(ValueError, match=f"{name} has dtype torch.float32; expected integers"):
         pack(**{"input_ids": ids, name: ids.float()})
+
+
+def test_a_dummy_sequence_fills_up_to_a_multiple():
+    lists, types = [[5, 6, 7], [8], [9, 10]], [[0, 1, 1], [0], [0, 0]]
+    plain = pack_sequences(lists, types, sample_ids=[40, 7, 3])
+    padded = pack_sequences(lists, types, sample_ids=[40, 7, 3], pad_to_multiple=4)
+    assert padded.sequences.lengths == (3, 1, 2, 2)
+    assert padded.sequences.cu_seqlens.tolist() == [0, 3, 4, 6, 8]
+    assert (len(padded), padded.num_padding, padded.num_real_tokens) == (8, 2, 6)
+    assert torch.equal(padded.first_tokens, plain.first_tokens)
+    assert not padded.position_ids[6:].any()
+    real = padded.without_padding()
+    for name in ("input_ids", "token_type_ids", "position_ids", "row_ids", "first_tokens"):
+        assert torch.equal(getattr(real, name), getattr(plain, name)), name
+    assert torch.equal(real.sequences.cu_seqlens, plain.sequences.cu_seqlens)
+    assert (real.num_padding, real.without_padding()) == (0, real)
+    # Never two dummies, and none where none is needed.
+    assert padded.padded_to(16).sequences.lengths == (3, 1, 2, 10)
+    assert padded.padded_to(2) is padded
+    assert padded.padded_to(6).sequences.lengths == (3, 1, 2)
+    assert pack_sequences(lists, pad_to_multiple=3).num_padding == 0
+    rectangle = pack(torch.tensor([[5, 6, 7]]), pad_to_multiple=4)
+    assert rectangle.sequences.lengths == (3, 1)
+    assert unpack(rectangle.without_padding().input_ids, rectangle).tolist() == [[5, 6, 7]]
+    with pytest.raises(ValueError, match="pad_to_multiple=0; expected 1 or more"):
+        pack_sequences(lists, pad_to_multiple=0)

@@ -9,7 +9,9 @@ import pytest
 
 from tests.helpers.ranks import run_mesh
 from tests.tasks import tiny_data
+from tests.train import tiny
 from tpcore import load_run
+from tpcore.cli import main
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
 from tpcore.tasks import task_class
 from tpcore.train.finetune import finetune
@@ -25,7 +27,7 @@ TASKS = list(tiny_data.WRITERS)
 
 @pytest.mark.parametrize("task", TASKS)
 def test_from_files_to_predictions(task, tmp_path):
-    config = load_config(None, tiny_data.overrides(task, tmp_path))
+    config = load_config(None, tiny_data.overrides(task, tmp_path, trainer__max_epochs=1))
     result = finetune(config)
     monitored = f"val_{task_class(task).monitor.metric}"
     assert monitored in result.best
@@ -75,3 +77,32 @@ def test_metrics_are_the_same_at_every_size(task, tmp_path):
         assert {k: round(v, 4) for k, v in metrics.items()} == {
             k: round(v, 4) for k, v in found[1, 1].items()
         }, size
+
+
+def test_the_command_of_the_nemo_page(tmp_path, capsys):
+    """Its key names, and what it says of the key that the page has in the wrong place."""
+    tiny_data.overrides("question_answering", tmp_path)
+    encoder = tiny.write_checkpoint(tmp_path / "megatron", tensor_parallel_size=1)
+    arguments = [
+        "finetune",
+        "task=question_answering",
+        f"model.train_ds.file={tmp_path / 'train.json'}",
+        f"model.validation_ds.file={tmp_path / 'validation.json'}",
+        f"model.language_model.pretrained_model_name={encoder}",
+    ]
+    tiny_sizes = [
+        "model.dataset.version_2_with_negative=true",
+        "model.dataset.max_seq_length=32",
+        "model.dataset.max_query_length=8",
+        "model.dataset.use_cache=true",
+        "trainer.max_steps=1",
+        f"exp_manager.exp_dir={tmp_path / 'runs'}",
+    ]
+    assert main([*arguments, *tiny_sizes]) == 0
+    captured = capsys.readouterr()
+    assert "tpcore: note: model.dataset.use_cache=True (command line) changes" in captured.err
+    assert "val_exact_match" in captured.out
+    arguments[3] = f"model.validation_ds={tmp_path / 'validation.json'}"
+    assert main([*arguments, *tiny_sizes]) == 2
+    assert "holds keys: " in (error := capsys.readouterr().err)
+    assert "model.validation_ds.file" in error

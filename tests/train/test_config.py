@@ -192,7 +192,7 @@ def test_unreadable_file(tmp_path: Path) -> None:
 
 
 def test_every_key_is_documented() -> None:
-    described = {key: (default, doc) for key, default, doc in describe_keys()}
+    described = {key: (default, doc) for key, default, doc in describe_keys("text_classification")}
     assert described["model.optim.lr"] == ("5.0e-05", "Peak learning rate.")
     assert described["model.train_ds.batch_size"] == described["model.test_ds.batch_size"]
     assert "model.validation_ds.shuffle" not in described

@@ -85,10 +85,13 @@ def read(
     shards, tied = _join_stages(stages)
 
     size = len(files[0])
-    shapes = {
-        name: full_shape(pieces[0].shape, sharding_of(name), size, name=name)
-        for name, pieces in shards.items()
-    }
+    try:
+        shapes = {
+            name: full_shape(pieces[0].shape, sharding_of(name), size, name=name)
+            for name, pieces in shards.items()
+        }
+    except ValueError as error:  # a scalar where rows or columns should be
+        raise CheckpointError(f"{where}: {error}") from error
     sizes = sizes_from_shapes(shapes, names.count_layers(_layered(shapes), where), where)
     layout = _layout(first, where) if qkv_layout is None else _checked_layout(qkv_layout)
     config = config_from_args(args, sizes, has_pooler(shapes), overrides)

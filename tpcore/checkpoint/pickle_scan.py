@@ -35,7 +35,7 @@ from tpcore.checkpoint.pickle_values import (
 )
 
 MAX_BYTES = 32 * 2**20
-MAX_INSTRUCTIONS = 3_000_000
+MAX_INSTRUCTIONS = 1_000_000
 MAX_DEPTH = 500
 MAX_TUPLE_COST = 100_000
 MAX_KEY_COST = 100_000
@@ -84,7 +84,10 @@ class PickleScan:
         self._protocol = 0
         try:
             while True:
-                code = self._take(1)[0]
+                if self._at >= self._end:
+                    self._fail("its pickle is cut off")
+                code = self.data[self._at]
+                self._at += 1
                 self._instructions += 1
                 if self._instructions > MAX_INSTRUCTIONS:
                     self._fail("it has too many instructions for a checkpoint")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 from tpcore.cli.options import Commands, positive
 
@@ -15,7 +17,9 @@ def add_commands(commands: Commands) -> None:
         description="Fine-tune an encoder. Under torchrun it uses its ranks; with "
         "--nproc-per-node it starts them itself, after checking everything in one process.",
     )
-    finetune.add_argument("config", nargs="?", help="YAML file")
+    finetune.add_argument(
+        "config", nargs="?", help="YAML file; not needed where key=value settings say it all"
+    )
     finetune.add_argument("overrides", nargs="*", metavar="key=value", help="over the file")
     finetune.add_argument("--nproc-per-node", type=positive, metavar="N", help="start N ranks here")
     finetune.add_argument("--help-config", action="store_true", help="list all keys and exit")
@@ -29,8 +33,17 @@ def _finetune(arguments: argparse.Namespace) -> int:
         for key, default, doc in describe_keys():
             print(f"{key}={default}\n    {doc}")
         return 0
-    config = load_config(arguments.config, arguments.overrides)
-    from tpcore.train.launch import is_under_torchrun, launch
+    from tpcore.train.launch import environment_int, is_under_torchrun, launch
+
+    path, overrides = arguments.config, list(arguments.overrides)
+    if "=" in path and not os.path.exists(path):
+        path, overrides = None, [path, *overrides]
+
+    def note(line: str) -> None:
+        if environment_int("RANK", 0) == 0:
+            print(f"tpcore: note: {line}", file=sys.stderr)
+
+    config = load_config(path, overrides, note)
 
     num_ranks = arguments.nproc_per_node
     if num_ranks is not None and is_under_torchrun():
@@ -45,4 +58,4 @@ def _finetune(arguments: argparse.Namespace) -> int:
     from tpcore.train.prepare import prepare
 
     prepare(config, num_ranks)
-    return launch(["finetune", arguments.config, *arguments.overrides], num_ranks)
+    return launch(["finetune", *([path] if path else []), *overrides], num_ranks)

@@ -310,13 +310,32 @@ def _pooled(output: BertOutput, head: str) -> Tensor:
 
 
 def _span_loss(logits: Tensor, columns: Tensor, packed: PackedBatch) -> Tensor:
-    """Cross entropy over each sequence's tokens, laid out by their position."""
+    losses, counted = span_losses(logits, columns, packed)
+    return losses.sum() / counted.sum().clamp(min=1)
+
+
+def span_losses(logits: Tensor, columns: Tensor, packed: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Cross entropy of each sequence's target token over its own tokens: fp32 [b].
+
+    Args:
+        logits: [t], one for each token.
+        columns: int [b], the target's position in its sequence; outside of it: no loss, 0.
+        packed: where the sequences are.
+
+    Returns:
+        The losses, and which of the sequences have one: bool [b].
+    """
+    table = token_table(logits, packed)
+    inside = (columns >= 0) & (columns < table.shape[1])
+    targets = torch.where(inside, columns, IGNORE_INDEX)
+    losses = F.cross_entropy(table, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    return losses, inside
+
+
+def token_table(logits: Tensor, packed: PackedBatch) -> Tensor:
+    """[t] to fp32 [b, longest], by position in the sequence; -inf where there is no token."""
     lengths = torch.tensor(packed.sequences.lengths, device=logits.device)
     rows = torch.arange(len(lengths), device=logits.device).repeat_interleave(lengths)
     width = int(packed.position_ids.max()) + 1
     table = logits.new_full((len(lengths), width), -torch.inf, dtype=torch.float32)
-    table = table.index_put((rows, packed.position_ids), logits.float())
-    inside = (columns >= 0) & (columns < width)
-    targets = torch.where(inside, columns, IGNORE_INDEX)
-    total = F.cross_entropy(table, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / inside.sum().clamp(min=1)
+    return table.index_put((rows, packed.position_ids), logits.float())

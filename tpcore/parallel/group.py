@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 GroupT = TypeVar("GroupT", bound="ParallelGroup")
 
@@ -115,8 +116,26 @@ class TensorParallelGroup(ParallelGroup):
 class DataParallelGroup(ParallelGroup):
     """The ranks that hold the same shard of the model.
 
-    Each sees other tokens; gradients are averaged over the group.
+    Each sees other tokens; gradients are averaged over the group:
+
+        DistributedDataParallel(model, process_group=dp.process_group)
+        fully_shard(model, mesh=dp.device_mesh("cuda"))             torch.distributed.fsdp
     """
+
+    def device_mesh(self, device_type: str) -> DeviceMesh:
+        """The group as a one-dimensional mesh named "data_parallel", as FSDP2 wants it.
+
+        Raises:
+            ValueError: this process runs alone, without torch.distributed.
+        """
+        if self.process_group is None:
+            raise ValueError(
+                "a group of this process alone has no device mesh; start the program with torchrun "
+                "(one process is enough) and take the group from init_parallel"
+            )
+        return DeviceMesh.from_group(
+            self.process_group, device_type, mesh_dim_names=("data_parallel",)
+        )
 
 
 def _unpickle_group(

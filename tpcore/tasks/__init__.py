@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tpcore.tasks.question_answering import QuestionAnswering
     from tpcore.tasks.task import DataError, Dataset, Example, Task, TaskBatch
     from tpcore.tasks.text_classification import TextClassification
     from tpcore.tasks.token_classification import TokenClassification
@@ -19,6 +20,7 @@ _HOMES = {
     "DataError": "task",
     "Dataset": "task",
     "Example": "task",
+    "QuestionAnswering": "question_answering",
     "Task": "task",
     "TaskBatch": "task",
     "TextClassification": "text_classification",
@@ -30,6 +32,7 @@ __all__ = [
     "DataError",
     "Dataset",
     "Example",
+    "QuestionAnswering",
     "Task",
     "TaskBatch",
     "TextClassification",
@@ -40,6 +43,7 @@ __all__ = [
 TASKS = {
     "text_classification": "TextClassification",
     "token_classification": "TokenClassification",
+    "question_answering": "QuestionAnswering",
 }
 """The name that a configuration's `task:` has -> the class."""
 

@@ -321,8 +321,86 @@ class TokenClassificationSections(TaskSections):
         yield is_dropout("head.fc_dropout", self.head.fc_dropout)
 
 
+# --- question answering -------------------------------------------------------------------------
+
+
+@dataclass
+class QuestionDatasetConfig(DatasetConfig):
+    """model.dataset of question_answering."""
+
+    version_2_with_negative: bool = False
+    """Questions may have no answer, as in SQuAD v2.0."""
+    max_seq_length: int = 384
+    """Longest input: question, window of the context, special tokens."""
+    doc_stride: int = 128
+    """Tokens from one window's start to the next."""
+    max_query_length: int = 64
+    """Longer questions are cut to so many tokens."""
+    max_answer_length: int = 30
+    """Longest answer, in tokens."""
+    n_best_size: int = 20
+    """How many of the best answers are kept for each question."""
+    null_score_diff_threshold: float = 0.0
+    """No answer is given where its score exceeds that of the best answer by more than this."""
+
+
+@dataclass
+class QuestionFileConfig(DataConfig):
+    """model.validation_ds and model.test_ds of question_answering."""
+
+    file: str | None = None
+    """SQuAD JSON, or one question a line in a .jsonl file."""
+    batch_size: int = 24
+    """Windows of one batch, over all data-parallel ranks together."""
+
+
+@dataclass
+class TrainQuestionFileConfig(TrainDataConfig, QuestionFileConfig):
+    """model.train_ds of question_answering."""
+
+    batch_size: int = 24
+    """Windows of one batch, over all data-parallel ranks together."""
+
+
+@dataclass
+class QuestionAnsweringSections(TaskSections):
+    """Keys of task=question_answering."""
+
+    no_meaning: ClassVar[Mapping[str, str]] = MappingProxyType(
+        _NO_MEANING | _head_keys("token_classifier", "num_layers", "dropout", "num_classes")
+    )
+    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
+        {
+            "trainer.max_epochs": 2,
+            "model.optim.lr": 3e-5,
+            "model.optim.weight_decay": 0.0,
+            "model.optim.sched.name": "SquareRootAnnealing",
+        }
+    )
+    file_key: ClassVar[str] = "file"
+
+    dataset: QuestionDatasetConfig = field(default_factory=QuestionDatasetConfig)
+    train_ds: TrainQuestionFileConfig = field(default_factory=TrainQuestionFileConfig)
+    validation_ds: QuestionFileConfig = field(default_factory=QuestionFileConfig)
+    test_ds: QuestionFileConfig = field(default_factory=QuestionFileConfig)
+
+    def rules(self) -> Iterator[Rule]:
+        """See the base class."""
+        yield from super().rules()
+        data = self.dataset
+        for key in ("doc_stride", "max_query_length", "max_answer_length", "n_best_size"):
+            yield expect(getattr(data, key) > 0, f"dataset.{key}", "a positive number")
+        shortest = data.max_query_length + 4
+        yield expect(
+            data.max_seq_length >= shortest,
+            "dataset.max_seq_length",
+            f"at least max_query_length + 4 = {shortest}, so that there is room for the context",
+        )
+
+
 SECTIONS: dict[str, type[TaskSections]] = {
     "text_classification": TextClassificationSections,
     "token_classification": TokenClassificationSections,
+    "question_answering": QuestionAnsweringSections,
 }
 """By the name that a configuration's `task:` has."""

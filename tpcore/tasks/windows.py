@@ -34,6 +34,8 @@ def best_windows(windows: Sequence[range], num_tokens: int) -> list[int]:
     equal the longer window wins, then the first (as in the script of BERT for SQuAD).
     """
     best = [0] * num_tokens
+    if len(windows) == 1:
+        return best
     scores = [-1.0] * num_tokens
     for number, window in enumerate(windows):
         for token in window:

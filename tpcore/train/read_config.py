@@ -296,11 +296,15 @@ def _remove_without_meaning(
     table: Mapping[str, str] = get_type_hints(cls)["model"].no_meaning
     for key, reason in table.items():
         *path, leaf = f"model.{key}".split(".")
-        section = content
+        sections = [content]
         for name in path:
-            section = section.get(name) if isinstance(section, dict) else None
-        if isinstance(section, dict) and leaf in section:
-            value = section.pop(leaf)
+            sections.append(sections[-1].get(name) if isinstance(sections[-1], dict) else None)
+        if isinstance(sections[-1], dict) and leaf in sections[-1]:
+            value = sections[-1].pop(leaf)
+            # A section of nothing but such keys may be one that does not exist here.
+            for parent, name in zip(reversed(sections[:-1]), reversed(path), strict=True):
+                if not parent[name]:
+                    del parent[name]
             shown = "null" if value is None else str(value)
             yield f"model.{key}={shown} ({where(f'model.{key}')}) changes nothing: {reason}"
 
@@ -336,15 +340,18 @@ def _suggestion(key: str, cls: type[TrainConfig]) -> str:
         return _ELSEWHERE[key]
     parent, _, leaf = key.rpartition(".")
     known = [name for name, _, _ in _fields(cls)]
-    for task in SECTIONS:
-        if cls is not TrainConfig and any(k == key for k, _, _ in _fields(config_class(task))):
-            return f"it belongs to task={task}"
+    elsewhere = ""
+    for task in SECTIONS if cls is not TrainConfig else ():
+        if not elsewhere and any(k == key for k, _, _ in _fields(config_class(task))):
+            elsewhere = f"it belongs to task={task}"
     sections = {known_key.rpartition(".")[0] for known_key in known}
     known += sorted(section for section in sections if section)
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == parent}
     near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.6)
     if near:
-        return f"did you mean {siblings[near[0]]}?"
+        return f"{elsewhere}{', ' if elsewhere else ''}did you mean {siblings[near[0]]}?"
+    if elsewhere:
+        return elsewhere
     # The right name in the wrong place (optim.lr), then the whole key misspelt (modl.optim.lr).
     same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
     candidates = same_leaf if same_leaf else [] if parent in known else known

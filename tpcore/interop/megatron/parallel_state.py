@@ -13,6 +13,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from tpcore.parallel.collectives import barrier
 from tpcore.parallel.group import (
     DataParallelGroup,
     ParallelGroup,
@@ -110,7 +111,12 @@ def initialize_model_parallel(
         raise ValueError(
             "the model-parallel groups exist already; call destroy_model_parallel() first"
         )
-    _state = _State(*init_parallel(size, timeout_s=60 * distributed_timeout_minutes))
+    tensor, data = init_parallel(size, timeout_s=60 * distributed_timeout_minutes)
+    # gloo connects the ranks of a group one by one: who destroyed it before all of them were
+    # connected would break it for the rest.
+    barrier(tensor)
+    barrier(data)
+    _state = _State(tensor, data)
 
 
 def destroy_model_parallel() -> None:
