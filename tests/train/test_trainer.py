@@ -23,7 +23,8 @@ from tpcore.train.launch import on_all_ranks
 from tpcore.train.logging import RunLog
 from tpcore.train.prepare import build_model, prepare
 from tpcore.train.run_state import choose_run
-from tpcore.train.trainer import FitResult, Trainer, epoch_order, own_share
+from tpcore.train.saving import FitResult
+from tpcore.train.trainer import Trainer, epoch_order, own_share
 
 SINGLE = (TensorParallelGroup.single(), DataParallelGroup.single())
 

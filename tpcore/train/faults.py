@@ -231,7 +231,8 @@ def watchdog_store() -> Any:
 
     if not dist.is_initialized():
         return None
-    return dist.distributed_c10d._get_default_store().clone()
+    store: Any = dist.distributed_c10d._get_default_store()
+    return store.clone()
 
 
 def describe_ranks(tp_size: int, dp_size: int) -> list[str]:

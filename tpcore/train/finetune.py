@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from tpcore.memory import keep_freed_memory
 from tpcore.parallel.group import (
@@ -13,11 +12,12 @@ from tpcore.parallel.group import (
     init_parallel,
 )
 from tpcore.train.config import ConfigError, ExpManagerConfig, TrainConfig
-from tpcore.train.launch import environment_int, on_all_ranks, set_num_threads
+from tpcore.train.launch import environment_int, of_first_rank, on_all_ranks, set_num_threads
 from tpcore.train.logging import RunLog
 from tpcore.train.prepare import build_model, prepare
 from tpcore.train.run_state import RunChoice, choose_run
-from tpcore.train.trainer import FitResult, Trainer
+from tpcore.train.saving import FitResult
+from tpcore.train.trainer import Trainer
 
 
 def finetune(config: TrainConfig) -> FitResult:
@@ -85,7 +85,4 @@ def _agree_on_run(
     config: ExpManagerConfig, tp: TensorParallelGroup, dp: DataParallelGroup
 ) -> RunChoice:
     """Rank 0's choice on every rank: each of them has its own clock."""
-    choices = [on_all_ranks(lambda: choose_run(config), tp, dp)]
-    if tp.size * dp.size > 1:
-        dist.broadcast_object_list(choices, src=0)
-    return choices[0]
+    return of_first_rank(on_all_ranks(lambda: choose_run(config), tp, dp), tp, dp)

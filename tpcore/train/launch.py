@@ -137,6 +137,18 @@ def on_all_ranks(action: Callable[[], T], tp: TensorParallelGroup, dp: DataParal
     return result[0]
 
 
+def of_first_rank(value: T, tp: TensorParallelGroup, dp: DataParallelGroup) -> T:
+    """The value of the first rank of all, on every rank; it travels as a pickle."""
+    import torch.distributed as dist
+
+    for group in (dp, tp):
+        if group.size > 1:
+            gathered = [value] * group.size
+            dist.all_gather_object(gathered, value, group=group.process_group)
+            value = gathered[0]
+    return value
+
+
 def num_cores() -> int:
     """Cores that this process may use: its affinity, or less under a container's CPU quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -86,8 +86,10 @@ def build_optimizer(
     groups = parameter_groups(parameters, config.weight_decay, config.layerwise_lr_decay)
     betas = (config.betas[0], config.betas[1])
     if config.name == "fused_adam":
-        fused_adam: type[torch.optim.Optimizer] = _apex_fused_adam()
-        return fused_adam(groups, lr=config.lr, betas=betas, eps=config.eps, adam_w_mode=True)
+        optimizer: torch.optim.Optimizer = _apex_fused_adam()(
+            groups, lr=config.lr, betas=betas, eps=config.eps, adam_w_mode=True
+        )
+        return optimizer
     cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
     return cls(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
@@ -100,7 +102,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def _apex_fused_adam() -> Any:
     try:
-        from apex.optimizers import FusedAdam
+        from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
     except ImportError as error:
         raise ConfigError(
             "model.optim.name=fused_adam needs NVIDIA apex (github.com/NVIDIA/apex, built with its "

@@ -112,8 +112,9 @@ class Weights:
 
 
 def _add_to_main_grad(parameter: Tensor) -> None:
-    assert parameter.grad is not None
     gradient, parameter.grad = parameter.grad, None
+    if gradient is None:
+        return  # a linear layer has added it itself
     total = getattr(parameter, "main_grad", None)
     if total is None:
         parameter.main_grad = gradient.float()  # type: ignore[attr-defined]

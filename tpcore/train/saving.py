@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-import torch.distributed as dist
+import torch
 
 from tpcore.checkpoint.errors import CheckpointError
-from tpcore.tasks.task import Example
+from tpcore.models.bert import BertModel
+from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
+from tpcore.parallel.sharding import Sharding
+from tpcore.tasks.task import Dataset, Example
 from tpcore.train.checkpoint_files import (
     Manifest,
     Progress,
@@ -25,10 +29,13 @@ from tpcore.train.checkpoint_files import (
     write_json_atomically,
 )
 from tpcore.train.config import ConfigError
-from tpcore.train.evaluation import named_metrics
+from tpcore.train.evaluation import Evaluation, named_metrics
 from tpcore.train.facts import environment_facts
 from tpcore.train.keeper import CheckpointKeeper, EarlyStopping, Kept
-from tpcore.train.launch import on_all_ranks
+from tpcore.train.launch import of_first_rank, on_all_ranks
+from tpcore.train.logging import RunLog
+from tpcore.train.precision import LossScaler, Weights
+from tpcore.train.prepare import Job
 from tpcore.train.run_state import (
     RESULT_FILE,
     RunChoice,
@@ -48,9 +55,6 @@ from tpcore.train.training_state import (
     random_states_of,
     sharded_dims,
 )
-
-if TYPE_CHECKING:
-    from tpcore.train.trainer import FitResult, Trainer
 
 _SHOWN_EXAMPLES = 16
 
@@ -75,22 +79,68 @@ class Position:
         self.tokens += tokens
         self.is_validated = False
 
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Be where `dataclasses.asdict` of another one was."""
+        for field in dataclasses.fields(self):
+            setattr(self, field.name, state[field.name])
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What changes while a model is trained."""
+
+    model: BertModel
+    weights: Weights
+    shardings: Mapping[str, Sharding]
+    optimizer: torch.optim.Optimizer
+    scaler: LossScaler
+    position: Position
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended."""
+
+    path: Path
+    global_step: int
+    last: dict[str, float]
+    """Metrics of the last validation."""
+    best: dict[str, float]
+    """Metrics of the best one; empty without validation data."""
+    test: dict[str, float]
+    """Of the best checkpoint on model.test_ds; empty without."""
+
 
 class RunStore:
-    """Writes and reads the state of one `Trainer`; on every rank.
+    """Writes and reads the files of one training; on every rank.
 
     Args:
-        trainer: whose weights, optimizer, scaler and position these are.
-        run: its folder.
+        job: what is trained.
+        run: the folder.
+        state: what is written, and put back.
+        tp: the ranks that share a copy of the model.
+        dp: the ranks that hold the same part.
+        log: hears what happens.
+        beat: is told of writing, which may take long.
     """
 
-    def __init__(self, trainer: Trainer, run: RunChoice) -> None:
-        self.trainer, self.path, self.resumes = trainer, run.path, run.resumes
-        self.tp, self.dp, self.log = trainer.tp, trainer.dp, trainer.log
+    def __init__(
+        self,
+        job: Job,
+        run: RunChoice,
+        state: TrainingState,
+        *,
+        tp: TensorParallelGroup,
+        dp: DataParallelGroup,
+        log: RunLog,
+        beat: Callable[[str], None],
+    ) -> None:
+        self.job, self.path, self.resumes, self.state = job, run.path, run.resumes, state
+        self.tp, self.dp, self.log, self.beat = tp, dp, log, beat
         self.is_first = self.tp.rank == 0 and self.dp.rank == 0
-        self.config, self.monitor = trainer.config, trainer.job.monitor
+        self.config, self.monitor = job.config, job.monitor
         self.params = self.config.exp_manager.checkpoint_callback_params
-        has_validation = trainer.job.validation is not None
+        has_validation = job.validation is not None
         self.keeper = CheckpointKeeper(
             name=self.config.exp_manager.name,
             monitor=self.monitor,
@@ -107,13 +157,13 @@ class RunStore:
                     "exp_manager.create_early_stopping_callback=true needs validation data; set "
                     "model.validation_ds, or leave it out"
                 )
-            monitor = trainer.job.stopping_monitor
+            monitor = job.stopping_monitor
             self.stopping = EarlyStopping(monitor, stopping.patience, stopping.min_delta)
 
     # --- the folder -----------------------------------------------------------------------------
 
-    def check_monitor(self) -> None:
-        """Refuse a metric that does not exist, before anything is written."""
+    def check_monitor(self, evaluate: Callable[[Dataset, int], Evaluation]) -> None:
+        """Refuse a metric that `evaluate` does not give, before anything is written."""
         keys = {"checkpoint_callback_params": self.monitor[0]}
         if self.stopping is not None:
             keys["early_stopping_callback_params"] = self.stopping.monitor[0]
@@ -122,8 +172,8 @@ class RunStore:
         source = self.config.model.source("validation_ds")
         if not keys or source is None:
             return
-        few = self.trainer.task.load(source, num_samples=2)
-        known = named_metrics(self.trainer.evaluate(few, batch_size=2), "val")
+        few = self.job.task.load(source, num_samples=2)
+        known = named_metrics(evaluate(few, 2), "val")
         for key, metric in keys.items():
             if metric not in known:
                 raise ConfigError(
@@ -133,15 +183,15 @@ class RunStore:
 
     def open(self) -> None:
         """Make the folder, or go on in it from its newest usable checkpoint."""
-        trainer = self.trainer
-        facts = environment_facts(self.tp, self.dp, trainer.device) if self.is_first else {}
+        device = next(self.state.model.parameters()).device
+        facts = environment_facts(self.tp, self.dp, device) if self.is_first else {}
         notes: list[str] = []
 
         def prepare() -> list[Manifest]:
             if not self.is_first:
                 return []
             if not self.resumes:
-                create_run(self.path, self.config, trainer.model, trainer.task, facts)
+                create_run(self.path, self.config, self.state.model, self.job.task, facts)
                 self.log.open_folder(self.path, tensorboard=self._tensorboard)
                 return []
             notes.extend(check_resumable(self.path, self.config))
@@ -152,21 +202,17 @@ class RunStore:
             self.log.open_folder(self.path, tensorboard=self._tensorboard, first_step=step + 1)
             return found
 
-        found = on_all_ranks(prepare, self.tp, self.dp)
+        found = of_first_rank(on_all_ranks(prepare, self.tp, self.dp), self.tp, self.dp)
         if not self.resumes:
             return
         for note in notes:
             self.log.info(note)
-        if self.tp.size * self.dp.size > 1:
-            shared = [found]
-            dist.broadcast_object_list(shared, src=0)
-            found = shared[0]
         if not found:
             self.log.info(f"{self.path} has no usable checkpoint; the run begins anew")
             return
         on_all_ranks(lambda: self._restore(found[0]), self.tp, self.dp)
         self.keeper.restore(found, self._remove)
-        self.log.info(f"{self.path}: resumed from {found[0].filename}, step {trainer.global_step}")
+        self.log.info(f"{self.path}: resumed from {found[0].filename}, step {found[0].global_step}")
 
     @property
     def _tensorboard(self) -> bool:
@@ -183,7 +229,7 @@ class RunStore:
     def is_done(self) -> bool:
         """Whether there are no more steps to do."""
         stopped = self.stopping is not None and self.stopping.is_due
-        return stopped or self.trainer.global_step >= self.trainer.job.total_steps
+        return stopped or self.state.position.global_step >= self.job.total_steps
 
     def save_best_and_last(self, progress: Progress) -> None:
         """After a validation: whatever is to be kept of it."""
@@ -201,13 +247,13 @@ class RunStore:
     def save_if_due(self) -> None:
         """Every n steps, and not right after a validation, which has saved."""
         every = self.params.every_n_train_steps
-        position = self.trainer.position
+        position = self.state.position
         if every and position.global_step % every == 0 and not position.is_validated:
             self.save_last()
 
     def save_last(self) -> None:
         """Write the latest checkpoint now."""
-        position = self.trainer.position
+        position = self.state.position
         progress = Progress(position.epoch, position.global_step, self.last_metrics)
         self._write(self.keeper.last_filename, self._content(), progress)
 
@@ -223,7 +269,7 @@ class RunStore:
             self.tp,
             self.dp,
         )
-        self.trainer.weights.load_state_dict(content["state_dict"])
+        self.state.weights.load_state_dict(content["state_dict"])
 
     def finish(self, result: FitResult) -> None:
         """Write down that and how the run has ended."""
@@ -236,24 +282,24 @@ class RunStore:
         on_all_ranks(write, self.tp, self.dp)
 
     def _content(self) -> dict[str, Any]:
-        trainer = self.trainer
-        state = {name: t.detach().cpu() for name, t in trainer.weights.state_dict().items()}
+        state = self.state
+        weights = {name: t.detach().cpu() for name, t in state.weights.state_dict().items()}
         return {
-            "state_dict": state,
-            "sharded_dim": sharded_dims(trainer.shardings, list(state)),
+            "state_dict": weights,
+            "sharded_dim": sharded_dims(state.shardings, list(weights)),
             "training": {
-                "optimizer": optimizer_state(trainer.optimizer, trainer.weights.main),
-                "group_steps": group_steps(trainer.optimizer),
-                "scaler": trainer.scaler.state_dict(),
+                "optimizer": optimizer_state(state.optimizer, state.weights.main),
+                "group_steps": group_steps(state.optimizer),
+                "scaler": state.scaler.state_dict(),
                 "stopping": None if self.stopping is None else self.stopping.state_dict(),
-                "position": dataclasses.asdict(trainer.position),
+                "position": dataclasses.asdict(state.position),
                 "last_metrics": dict(self.last_metrics),
                 "random": random_states_of(self.dp),
             },
         }
 
     def _write(self, filename: str, content: Mapping[str, Any], progress: Progress) -> None:
-        self.trainer.watchdog.beat(f"writing {filename} after step {progress.global_step}")
+        self.beat(f"writing {filename} after step {progress.global_step}")
         write_checkpoint(
             self.path, filename, content, progress, self.monitor, tp=self.tp, dp=self.dp
         )
@@ -263,7 +309,7 @@ class RunStore:
             remove_checkpoint(self.path, filename)
 
     def _restore(self, manifest: Manifest) -> None:
-        trainer = self.trainer
+        state = self.state
         where = f"{self.path}: {manifest.filename}"
         if len(manifest.files) == self.tp.size:
             own = read_checkpoint(find_file(self.path, manifest, self.tp.rank))
@@ -273,18 +319,18 @@ class RunStore:
             own = files[min(self.tp.rank, len(files) - 1)]
         training = own["training"]
         try:
-            weights = own_weights(files, trainer.model, trainer.weights.state_dict(), where)
-            trainer.weights.load_state_dict(weights)
+            weights = own_weights(files, state.model, state.weights.state_dict(), where)
+            state.weights.load_state_dict(weights)
             load_optimizer_state(
-                trainer.optimizer,
-                trainer.weights.main,
-                own_optimizer_state(files, trainer.model, trainer.weights.main),
+                state.optimizer,
+                state.weights.main,
+                own_optimizer_state(files, state.model, state.weights.main),
             )
-            load_group_steps(trainer.optimizer, training["group_steps"])
-            trainer.scaler.load_state_dict(training["scaler"])
+            load_group_steps(state.optimizer, training["group_steps"])
+            state.scaler.load_state_dict(training["scaler"])
             if self.stopping is not None and training["stopping"] is not None:
                 self.stopping.load_state_dict(training["stopping"])
-            trainer.position = Position(**training["position"])
+            state.position.restore(training["position"])
             self.last_metrics = training["last_metrics"]
             states = training["random"]
             load_random_state(states[min(self.dp.rank, len(states) - 1)])
@@ -303,8 +349,8 @@ class RunStore:
         self, what: str, value: float, batches: Sequence[Sequence[Example]]
     ) -> str:
         """The message of a DivergedError; the examples of the step are written to a file."""
-        step = self.trainer.global_step + 1
-        source = self.trainer.job.train.source
+        step = self.state.position.global_step + 1
+        source = self.job.train.source
         indices = [[example.index for example in batch] for batch in batches]
         manifests, _ = list_checkpoints(self.path)
         if self.is_first and self.path.is_dir():

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -48,7 +46,7 @@ from tpcore.train.optimizer import build_optimizer, freeze, set_learning_rate
 from tpcore.train.precision import LossScaler, Weights, precision_of
 from tpcore.train.prepare import Job
 from tpcore.train.run_state import RunChoice
-from tpcore.train.saving import Position, RunStore
+from tpcore.train.saving import FitResult, Position, RunStore, TrainingState
 
 _ORDER_STREAM = 1 << 32
 """Added to the epoch so that data order and dropout, which counts steps, use different seeds."""
@@ -64,20 +62,6 @@ class StepResult(NamedTuple):
     """Gradients overflowed, and the loss scale is lower now."""
     signal: int | None = None
     """A rank was told to stop."""
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """How a run ended."""
-
-    path: Path
-    global_step: int
-    last: dict[str, float]
-    """Metrics of the last validation."""
-    best: dict[str, float]
-    """Metrics of the best one; empty without validation data."""
-    test: dict[str, float]
-    """Of the best checkpoint on model.test_ds; empty without."""
 
 
 class Trainer:
@@ -128,7 +112,17 @@ class Trainer:
             describe_ranks(tp.size, dp.size),
             self.config.trainer.timeout_s,
         )
-        self.store = RunStore(self, run)
+        self.store = RunStore(
+            job,
+            run,
+            TrainingState(
+                model, self.weights, self.shardings, self.optimizer, self.scaler, self.position
+            ),
+            tp=tp,
+            dp=dp,
+            log=log,
+            beat=self.watchdog.beat,
+        )
 
     @property
     def global_step(self) -> int:
@@ -147,7 +141,7 @@ class Trainer:
             DivergedError: names the step, its examples and the last good checkpoint.
             StoppedError: a signal came; the state is saved.
         """
-        self.store.check_monitor()
+        self.store.check_monitor(self.evaluate)
         self.store.open()
         started, tokens = time.perf_counter(), self.position.tokens
         self.log.start_progress(self.job.total_steps)
