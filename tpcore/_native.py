@@ -89,7 +89,8 @@ RAW_OPS: dict[str, tuple[str, Callable[..., Any]]] = {
         ),
     ),
     # scores [b, n, sq, sk]; mask bool, broadcastable to scores; row_ids [b, sq].
-    # probs is what backward needs; with dropout_p == 0 it equals y and comes back empty.
+    # probs is what backward of the same backend needs, on the CPU with the sign set where dropped;
+    # with dropout_p == 0 it equals y and comes back empty.
     "masked_softmax_forward": (
         "(Tensor scores, Tensor? mask, float scale, bool causal, float dropout_p, Tensor? seed,"
         " int stream, Tensor? row_ids, int head_offset) -> (Tensor y, Tensor probs)",
@@ -103,7 +104,7 @@ RAW_OPS: dict[str, tuple[str, Callable[..., Any]]] = {
         " Tensor? row_ids, int head_offset) -> Tensor",
         lambda grad_y, probs, scale, dropout_p, *key: _like(probs),
     ),
-    # x, residual [t, h] of one dtype; bias [h]
+    # x, residual [t, h] of one dtype; bias [h]; backward generates the bits of the dropout again
     "bias_dropout_residual_forward": (
         "(Tensor x, Tensor? bias, Tensor? residual, float p, Tensor? seed, int stream,"
         " Tensor? row_ids, int column_offset) -> Tensor",
@@ -113,6 +114,24 @@ RAW_OPS: dict[str, tuple[str, Callable[..., Any]]] = {
         "(Tensor grad_y, float p, Tensor? seed, int stream, Tensor? row_ids, int column_offset,"
         " bool need_grad_x, bool need_grad_bias) -> (Tensor grad_x, Tensor grad_bias)",
         lambda grad_y, p, seed, stream, row_ids, column_offset, need_x, need_bias: (
+            _like(grad_y, need_x),
+            _columns(grad_y, need_bias),
+        ),
+    ),
+    # The same on the CPU, where to read the bits is cheaper: keep is uint8 [t, ceil(h / 8)], bit
+    # c % 8 of byte c // 8 set where column c is kept; without dropout it has no rows
+    "bias_dropout_residual_cpu_forward": (
+        "(Tensor x, Tensor? bias, Tensor? residual, float p, Tensor? seed, int stream,"
+        " Tensor? row_ids, int column_offset) -> (Tensor y, Tensor keep)",
+        lambda x, bias, residual, p, *key: (
+            _like(x),
+            x.new_empty((x.shape[0] if p > 0 else 0, (x.shape[1] + 7) // 8), dtype=torch.uint8),
+        ),
+    ),
+    "bias_dropout_residual_cpu_backward": (
+        "(Tensor grad_y, Tensor keep, float p, bool need_grad_x, bool need_grad_bias)"
+        " -> (Tensor grad_x, Tensor grad_bias)",
+        lambda grad_y, keep, p, need_x, need_bias: (
             _like(grad_y, need_x),
             _columns(grad_y, need_bias),
         ),

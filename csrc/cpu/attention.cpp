@@ -21,7 +21,8 @@ class Forward {
         queries_(scratch_.take<A>(sizes_.block)),
         context_(scratch_.take<A>(sizes_.block)),
         scores_(scratch_.take<A>(sizes_.scores)),
-        keep_(scratch_.take<uint8_t>(sizes_.keep)) {}
+        keep_(scratch_.take<uint8_t>(sizes_.keep)),
+        keep_bits_(args.input.key) {}
 
   void operator()(const Task& task) const {
     const int64_t d = input_.head_size, d_all = input_.heads * d, stride = input_.qkv.row_stride;
@@ -51,7 +52,7 @@ class Forward {
     const int64_t statistics = task.head * input_.tokens + task.first + block.first;
     A* maxima = static_cast<A*>(args_.max) + statistics;
     A* sums = static_cast<A*>(args_.sum_exp) + statistics;
-    const uint8_t* keep = keep_block_of(input_, task, block, keep_, sizes_.keep_row);
+    const uint8_t* keep = keep_block_of(keep_bits_, task, block, keep_, sizes_.keep_row);
     const V scale(static_cast<A>(input_.scale)), minus_infinity(-__builtin_huge_val());
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t seen = block.keys_of(r);
@@ -69,7 +70,7 @@ class Forward {
         const V score = V::load(row + i, Full{});
         V value = only(exponential(score * scale - shift), lanes);
         partial[slot] = partial[slot] + value;
-        if (bits != nullptr) value = select(V::nonzero(bits + i, Full{}), value, V());
+        if (bits != nullptr) value = select(V::bits(bits, i, Full{}), value, V());
         value.store(row + i, Full{});
       });
       clear_unseen(row, seen, block.keys);
@@ -85,6 +86,7 @@ class Forward {
   Scratch scratch_;
   A *const keys_, *const values_, *const queries_, *const context_, *const scores_;
   uint8_t* const keep_;
+  const KeepBits keep_bits_;
 };
 
 }  // namespace

@@ -29,7 +29,8 @@ class Backward {
         grad_context_(scratch_.take<A>(sizes_.block)),
         probs_(scratch_.take<A>(sizes_.scores)),
         grad_scores_(scratch_.take<A>(sizes_.scores)),
-        keep_(scratch_.take<uint8_t>(sizes_.keep)) {}
+        keep_(scratch_.take<uint8_t>(sizes_.keep)),
+        keep_bits_(args.input.key) {}
 
   void operator()(const Task& task) const {
     const int64_t d = input_.head_size, stride = input_.qkv.row_stride;
@@ -68,7 +69,7 @@ class Backward {
  private:
   // From probs = q . k and grad_scores = grad_context . v: the dropped probabilities, and grad_s.
   void softmax_backward(const Task& task, const QueryBlock& block) const {
-    const uint8_t* keep = keep_block_of(input_, task, block, keep_, sizes_.keep_row);
+    const uint8_t* keep = keep_block_of(keep_bits_, task, block, keep_, sizes_.keep_row);
     const int64_t statistics = task.head * input_.tokens + task.first + block.first;
     const A* maxima = static_cast<const A*>(args_.max) + statistics;
     const A* sums = static_cast<const A*>(args_.sum_exp) + statistics;
@@ -79,7 +80,7 @@ class Backward {
       A* grads = grad_scores_ + r * sizes_.score_row;
       const uint8_t* bits = keep ? keep + r * sizes_.keep_row : nullptr;
       const auto dropped = [&](V value, int64_t i) TPCORE_INLINE_LAMBDA {
-        return bits ? select(V::nonzero(bits + i, Full{}), value * factor, V()) : value;
+        return bits ? select(V::bits(bits, i, Full{}), value * factor, V()) : value;
       };
       const V shift(maxima[r]), norm(A(1) / sums[r]);
       V partial[4];
@@ -112,6 +113,7 @@ class Backward {
   A *const queries_, *const grad_queries_, *const grad_context_;
   A *const probs_, *const grad_scores_;
   uint8_t* const keep_;
+  const KeepBits keep_bits_;
 };
 
 }  // namespace

@@ -62,13 +62,13 @@ void parallel_tasks(const PackedAttention& input, ParallelFor parallel_for, cons
 // Sizes of packed matrices, in elements of A.
 template <class A>
 struct Sizes {
-  int64_t head_vectors;  // of a packed row of d numbers
-  int64_t head_row;      // the same in numbers
-  int64_t matrix;        // [longest, d]
-  int64_t block;         // [kQueries, d]
-  int64_t score_row;     // a vector more than needed, lest all rows meet in one set of the cache
-  int64_t scores;        // [kQueries, longest]
-  int64_t keep_row, keep;
+  int64_t head_vectors;    // of a packed row of d numbers
+  int64_t head_row;        // the same in numbers
+  int64_t matrix;          // [longest, d]
+  int64_t block;           // [kQueries, d]
+  int64_t score_row;       // a vector more than needed, lest all rows meet in one set of the cache
+  int64_t scores;          // [kQueries, longest]
+  int64_t keep_row, keep;  // of bits, in bytes
 
   explicit Sizes(const PackedAttention& input) {
     constexpr int64_t kSize = Vec<A>::size;
@@ -79,7 +79,7 @@ struct Sizes {
     block = kQueries * head_row;
     score_row = (key_vectors + 1) * kSize;
     scores = kQueries * score_row;
-    keep_row = (input.longest + kColumnsPerVector - 1) / kColumnsPerVector * kColumnsPerVector;
+    keep_row = (input.longest + kColumnsPerVector - 1) / kColumnsPerVector * kColumnsPerVector / 8;
     keep = input.key != nullptr ? kQueries * keep_row : 0;
   }
 };
@@ -93,11 +93,10 @@ const T* part_of(const PackedAttention& input, const Task& task, Part part, int6
 }
 
 // The bits of a block of queries, if there is dropout.
-inline const uint8_t* keep_block_of(const PackedAttention& input, const Task& task,
-                                    const QueryBlock& block, uint8_t* keep, int64_t keep_row) {
-  if (input.key == nullptr) return nullptr;
-  keep_rows(*input.key, task.first + block.first, block.rows, task.head, block.keys, keep,
-            keep_row);
+inline const uint8_t* keep_block_of(const KeepBits& bits, const Task& task, const QueryBlock& block,
+                                    uint8_t* keep, int64_t keep_row) {
+  if (!bits) return nullptr;
+  bits.rows(task.first + block.first, block.rows, task.head, block.keys, keep, keep_row);
   return keep;
 }
 

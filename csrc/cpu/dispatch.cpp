@@ -79,7 +79,8 @@ int runnable(const CpuKernels* list[3]) {
       __builtin_cpu_supports("f16c")) {
     list[count++] = &avx2::kKernels;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("bmi2")) {
       list[count++] = &avx512::kKernels;
     }
   }

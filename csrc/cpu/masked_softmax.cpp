@@ -5,6 +5,9 @@
 // and sum; division, dropout and store. Keys after the causal limit are never read. A maximum of
 // -infinity is looked into: if every key is masked the row is zero, if live scores are -infinity it
 // is NaN, as the formula says.
+//
+// No probability is negative, so under dropout the sign of p tells backward what was dropped: ten
+// rounds of Philox would cost it more than all the rest.
 #include "parallel.h"
 #include "philox.h"
 #include "types.h"
@@ -73,7 +76,8 @@ void masked_softmax_forward(const MaskedSoftmaxForward& args, ParallelFor parall
     parallel_rows(parallel_for, rows, bytes, [&](int64_t begin, int64_t end) {
       Scratch scratch;
       A* z = scratch.take<A>(keys);
-      uint8_t* keep = scratch.take<uint8_t>(args.key ? keys : 0);
+      uint8_t* keep = scratch.take<uint8_t>(args.key ? bit_bytes(keys) : 0);
+      const KeepBits bits(args.key);
       for (int64_t row = begin; row < end; ++row) {
         const Position at(row, args.heads, args.queries);
         T* y = static_cast<T*>(args.y) + row * keys;
@@ -96,15 +100,13 @@ void masked_softmax_forward(const MaskedSoftmaxForward& args, ParallelFor parall
           if (!dead) {
             const V norm(A(1) / exponentials(z, live, maximum));
             const V factor(static_cast<A>(args.dropout_scale));
-            if (args.key != nullptr) {
-              const int64_t token = at.batch * args.queries + at.query;
-              keep_columns(row_key(*args.key, token, at.head), args.key->column_offset, live, keep);
-            }
+            if (bits) bits.row(at.batch * args.queries + at.query, at.head, live, keep);
             for_each_vector<V>(live, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
               V value = V::load(z + i, lanes) * norm;
               if (probs != nullptr) {
-                value.store(probs + i, lanes);
-                value = select(V::nonzero(keep + i, lanes), value * factor, V());
+                const auto kept = V::bits(keep, i, lanes);
+                select(kept, value, negated(value)).store(probs + i, lanes);
+                value = select(kept, value * factor, V());
               }
               value.store(y + i, lanes);
             });
@@ -126,32 +128,32 @@ void masked_softmax_backward(const MaskedSoftmaxBackward& args, ParallelFor para
     using V = Vec<A>;
     const int64_t keys = args.keys;
     const int64_t rows = args.batch * args.heads * args.queries;
-    const int64_t bytes = keys * (3 * static_cast<int64_t>(sizeof(T)) + (args.key ? 8 : 0));
+    const int64_t bytes = keys * 3 * static_cast<int64_t>(sizeof(T));
     parallel_rows(parallel_for, rows, bytes, [&](int64_t begin, int64_t end) {
       Scratch scratch;
       A* g = scratch.take<A>(keys);
-      uint8_t* keep = scratch.take<uint8_t>(args.key ? keys : 0);
       for (int64_t row = begin; row < end; ++row) {
         const Position at(row, args.heads, args.queries);
         const T* grad_y = static_cast<const T*>(args.grad_y) + at.offset(args.grad_y_strides);
         const T* probs = static_cast<const T*>(args.probs) + at.offset(args.probs_strides);
         T* grad_scores = static_cast<T*>(args.grad_scores) + row * keys;
         const V factor(static_cast<A>(args.dropout_scale));
-        if (args.key != nullptr) {
-          const int64_t token = at.batch * args.queries + at.query;
-          keep_columns(row_key(*args.key, token, at.head), args.key->column_offset, keys, keep);
-        }
         V sums[4];
         for_each_vector<V>(keys, [&](int64_t i, int slot, auto lanes) TPCORE_INLINE_LAMBDA {
-          V grad = V::load(grad_y + i, lanes);
-          if (args.key != nullptr) grad = select(V::nonzero(keep + i, lanes), grad * factor, V());
+          V prob = V::load(probs + i, lanes), grad = V::load(grad_y + i, lanes);
+          if (args.key != nullptr) {
+            grad = select(prob.sign_bits(), V(), grad * factor);
+            prob = absolute(prob);
+          }
           grad.store(g + i, lanes);
-          sums[slot] = multiply_add(grad, V::load(probs + i, lanes), sums[slot]);
+          sums[slot] = multiply_add(grad, prob, sums[slot]);
         });
         const V sum(total(sums).sum());
         const V scale(static_cast<A>(args.scale));
         for_each_vector<V>(keys, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
-          const V grad = (V::load(g + i, lanes) - sum) * V::load(probs + i, lanes) * scale;
+          V prob = V::load(probs + i, lanes);
+          if (args.key != nullptr) prob = absolute(prob);
+          const V grad = (V::load(g + i, lanes) - sum) * prob * scale;
           grad.store(grad_scores + i, lanes);
         });
       }

@@ -74,21 +74,6 @@ TPCORE_INLINE Vec<A> only(Vec<A> value, Partial lanes, Vec<A> other = Vec<A>()) 
   return select(Vec<A>::first(lanes), value, other);
 }
 
-#if !defined(TPCORE_ISA_AVX512)
-// Four bytes for each lane, 1 where the low word of a, b, c, d is at least the threshold. The sign
-// of the difference says where it is not.
-TPCORE_INLINE void store_at_least(U64 a, U64 b, U64 c, U64 d, uint32_t threshold, uint8_t* p) {
-  const U64 low_words(0xffffffffu), limit(threshold), ones(0x01010101u);
-  const U64 below_a = ((a & low_words) - limit).shift_right<63>();
-  const U64 below_b = ((b & low_words) - limit).shift_right<63>().shift_left<8>();
-  const U64 below_c = ((c & low_words) - limit).shift_right<63>().shift_left<16>();
-  const U64 below_d = ((d & low_words) - limit).shift_right<63>().shift_left<24>();
-  uint32_t bytes[U64::size];
-  (((below_a | below_b) | (below_c | below_d)) ^ ones).store_low_words(bytes);
-  memcpy(p, bytes, sizeof bytes);
-}
-#endif
-
 // Asks for the memory `ahead` elements after p. The hardware runs ahead of a loop by itself, but
 // stops at the end of every page, and does not know that the next row follows the third reading of
 // this one. Any address will do: nothing is read.

@@ -78,6 +78,15 @@ struct Vec<float> {
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(words, _mm256_setzero_si256()));
   }
 
+  // Lanes i + [0, size) of a row of bits, i a multiple of size; no byte past the last lane is read.
+  template <class Lanes>
+  static TPCORE_INLINE Mask bits(const uint8_t* p, int64_t i, Lanes) {
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i chosen = _mm256_and_si256(_mm256_set1_epi32(p[i / 8]), bit);
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(chosen, bit));
+  }
+  TPCORE_INLINE Mask sign_bits() const { return v; }  // a mask is its sign bits
+
   static TPCORE_INLINE Mask first(Partial lanes) {
     return _mm256_castsi256_ps(first_lanes(lanes.count));
   }
@@ -142,6 +151,14 @@ struct Vec<double> {
     return _mm256_castsi256_pd(_mm256_cmpgt_epi64(words, _mm256_setzero_si256()));
   }
 
+  template <class Lanes>
+  static TPCORE_INLINE Mask bits(const uint8_t* p, int64_t i, Lanes) {
+    const __m256i bit = _mm256_setr_epi64x(1, 2, 4, 8);
+    const __m256i chosen = _mm256_and_si256(_mm256_set1_epi64x(p[i / 8] >> i % 8), bit);
+    return _mm256_castsi256_pd(_mm256_cmpeq_epi64(chosen, bit));
+  }
+  TPCORE_INLINE Mask sign_bits() const { return v; }
+
   static TPCORE_INLINE Mask first(Partial lanes) {
     return _mm256_castsi256_pd(first_wide_lanes(lanes.count));
   }
@@ -201,6 +218,10 @@ TPCORE_INLINE __m256d less(Vec<double> a, Vec<double> b) {
 TPCORE_INLINE Vec<double> absolute(Vec<double> a) {
   return _mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v);
 }
+TPCORE_INLINE Vec<float> negated(Vec<float> a) { return _mm256_xor_ps(a.v, _mm256_set1_ps(-0.0f)); }
+TPCORE_INLINE Vec<double> negated(Vec<double> a) {
+  return _mm256_xor_pd(a.v, _mm256_set1_pd(-0.0));
+}
 TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
   return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -240,28 +261,34 @@ struct U64 {
   }
 
   template <int N>
-  TPCORE_INLINE U64 shift_left() const {
-    return _mm256_slli_epi64(v, N);
-  }
-  template <int N>
   TPCORE_INLINE U64 shift_right() const {
     return _mm256_srli_epi64(v, N);
   }
-  TPCORE_INLINE void store_low_words(uint32_t* p) const {
-    const __m256i low = _mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(low));
-  }
 };
 
-TPCORE_INLINE U64 operator-(U64 a, U64 b) { return _mm256_sub_epi64(a.v, b.v); }
-TPCORE_INLINE U64 operator&(U64 a, U64 b) { return _mm256_and_si256(a.v, b.v); }
 TPCORE_INLINE U64 operator^(U64 a, U64 b) { return _mm256_xor_si256(a.v, b.v); }
-TPCORE_INLINE U64 operator|(U64 a, U64 b) { return _mm256_or_si256(a.v, b.v); }
 TPCORE_INLINE U64 xor3(U64 a, U64 b, U64 c) {
   return _mm256_xor_si256(_mm256_xor_si256(a.v, b.v), c.v);
 }
 // The 64-bit products of the low words; high words are ignored.
 TPCORE_INLINE U64 multiply_low_words(U64 a, U64 b) { return _mm256_mul_epu32(a.v, b.v); }
+
+// Four bits for each lane, from the lowest: whether the low word of a, b, c, d is at least the
+// threshold. With the sign bits turned, unsigned words compare as signed ones do.
+TPCORE_INLINE void store_at_least(U64 a, U64 b, U64 c, U64 d, uint32_t threshold, uint8_t* p) {
+  const __m256i turn = _mm256_set1_epi32(INT32_MIN);
+  const __m256i limit = _mm256_set1_epi32(static_cast<int>(threshold ^ 0x80000000u));
+  const auto below = [&](__m256i words) TPCORE_INLINE_LAMBDA {
+    return _mm256_cmpgt_epi32(limit, _mm256_xor_si256(words, turn));
+  };
+  const __m256i ab = below(_mm256_blend_epi32(a.v, _mm256_slli_epi64(b.v, 32), 0xaa));
+  const __m256i cd = below(_mm256_blend_epi32(c.v, _mm256_slli_epi64(d.v, 32), 0xaa));
+  // Lanes 0 and 2, then lanes 1 and 3, a nibble each.
+  const int even = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_unpacklo_epi64(ab, cd)));
+  const int odd = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_unpackhi_epi64(ab, cd)));
+  p[0] = static_cast<uint8_t>(~((even & 0x0f) | (odd & 0x0f) << 4));
+  p[1] = static_cast<uint8_t>(~(even >> 4 | (odd & 0xf0)));
+}
 
 }  // namespace TPCORE_ISA
 }  // namespace tpcore

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// AVX-512 F, BW, VL, DQ. Included by simd.h only.
+// AVX-512 F, BW, VL, DQ, and BMI2. Included by simd.h only.
 #pragma once
 
 #include <immintrin.h>
@@ -66,6 +66,17 @@ struct Vec<float> {
     return _mm_test_epi8_mask(bytes, bytes);
   }
 
+  // Lanes i + [0, size) of a row of bits, i a multiple of size; no byte past the last lane is read.
+  static TPCORE_INLINE Mask bits(const uint8_t* p, int64_t i, Full) {
+    uint16_t word;
+    memcpy(&word, p + i / 8, sizeof word);
+    return word;
+  }
+  static TPCORE_INLINE Mask bits(const uint8_t* p, int64_t i, Partial lanes) {
+    return lanes.count > 8 ? bits(p, i, Full{}) : p[i / 8];
+  }
+  TPCORE_INLINE Mask sign_bits() const { return _mm512_movepi32_mask(_mm512_castps_si512(v)); }
+
   static TPCORE_INLINE Mask first(Partial lanes) { return first_lanes(lanes.count); }
   TPCORE_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
   TPCORE_INLINE float maximum() const { return _mm512_reduce_max_ps(v); }
@@ -123,6 +134,12 @@ struct Vec<double> {
     return static_cast<Mask>(_mm_test_epi8_mask(bytes, bytes));
   }
 
+  template <class Lanes>
+  static TPCORE_INLINE Mask bits(const uint8_t* p, int64_t i, Lanes) {
+    return p[i / 8];
+  }
+  TPCORE_INLINE Mask sign_bits() const { return _mm512_movepi64_mask(_mm512_castpd_si512(v)); }
+
   static TPCORE_INLINE Mask first(Partial lanes) {
     return static_cast<Mask>(first_lanes(lanes.count));
   }
@@ -172,6 +189,10 @@ TPCORE_INLINE __mmask8 less(Vec<double> a, Vec<double> b) {
   return _mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ);
 }
 TPCORE_INLINE Vec<double> absolute(Vec<double> a) { return _mm512_abs_pd(a.v); }
+TPCORE_INLINE Vec<float> negated(Vec<float> a) { return _mm512_xor_ps(a.v, _mm512_set1_ps(-0.0f)); }
+TPCORE_INLINE Vec<double> negated(Vec<double> a) {
+  return _mm512_xor_pd(a.v, _mm512_set1_pd(-0.0));
+}
 TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
   return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -236,19 +257,15 @@ TPCORE_INLINE U64 xor3(U64 a, U64 b, U64 c) {
 // The 64-bit products of the low words; high words are ignored.
 TPCORE_INLINE U64 multiply_low_words(U64 a, U64 b) { return _mm512_mul_epu32(a.v, b.v); }
 
-// Four bytes for each lane, 1 where the low word of a, b, c, d is at least the threshold. Two words
-// share a lane for the comparison, which leaves a bit for each; the bits choose the bytes.
+// Four bits for each lane, from the lowest: whether the low word of a, b, c, d is at least the
+// threshold. Two words share a lane for the comparison, whose bits are then spread.
 TPCORE_INLINE void store_at_least(U64 a, U64 b, U64 c, U64 d, uint32_t threshold, uint8_t* p) {
   const __m512i limit = _mm512_set1_epi32(static_cast<int>(threshold));
   const __m512i ab = _mm512_mask_shuffle_epi32(a.v, 0xaaaa, b.v, _MM_PERM_CCAA);
   const __m512i cd = _mm512_mask_shuffle_epi32(c.v, 0xaaaa, d.v, _MM_PERM_CCAA);
-  const __mmask16 keep_ab = _mm512_cmpge_epu32_mask(ab, limit);
-  const __mmask16 keep_cd = _mm512_cmpge_epu32_mask(cd, limit);
-  const __m512i bytes_ab = _mm512_maskz_mov_epi32(keep_ab, _mm512_set1_epi64(0x0000010000000001));
-  const __m512i bytes =
-      _mm512_mask_or_epi32(bytes_ab, keep_cd, bytes_ab, _mm512_set1_epi64(0x0100000000010000));
-  const __m512i joined = _mm512_or_si512(bytes, _mm512_srli_epi64(bytes, 32));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi64_epi32(joined));
+  const uint32_t bits = _pdep_u32(_mm512_cmpge_epu32_mask(ab, limit), 0x33333333u) |
+                        _pdep_u32(_mm512_cmpge_epu32_mask(cd, limit), 0xccccccccu);
+  memcpy(p, &bits, sizeof bits);
 }
 
 }  // namespace TPCORE_ISA

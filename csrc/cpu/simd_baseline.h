@@ -56,6 +56,14 @@ struct Vec<float> {
     return __builtin_convertvector(bytes, I32x4) != 0;
   }
 
+  // Lanes i + [0, size) of a row of bits, i a multiple of size; no byte past the last lane is read.
+  template <class Lanes>
+  static TPCORE_INLINE Mask bits(const uint8_t* p, int64_t i, Lanes) {
+    const int32_t byte = p[i / 8] >> i % 8;
+    return (I32x4{byte, byte, byte, byte} & I32x4{1, 2, 4, 8}) != 0;
+  }
+  TPCORE_INLINE Mask sign_bits() const { return (I32x4)v < 0; }
+
   static TPCORE_INLINE Mask first(Partial lanes) {
     const int32_t count = static_cast<int32_t>(lanes.count);
     return I32x4{0, 1, 2, 3} < I32x4{count, count, count, count};
@@ -121,6 +129,13 @@ struct Vec<double> {
   static TPCORE_INLINE Mask nonzero(const uint8_t* p, Full) { return -I64x2{p[0] != 0, p[1] != 0}; }
   static TPCORE_INLINE Mask nonzero(const uint8_t* p, Partial) { return -I64x2{p[0] != 0, 0}; }
 
+  template <class Lanes>
+  static TPCORE_INLINE Mask bits(const uint8_t* p, int64_t i, Lanes) {
+    const int byte = p[i / 8] >> i % 8;
+    return -I64x2{byte & 1, byte >> 1 & 1};
+  }
+  TPCORE_INLINE Mask sign_bits() const { return (I64x2)v < 0; }
+
   static TPCORE_INLINE Mask first(Partial) { return I64x2{-1, 0}; }
 
   TPCORE_INLINE double sum() const { return v[0] + v[1]; }
@@ -179,6 +194,10 @@ TPCORE_INLINE Vec<float> absolute(Vec<float> a) { return (F32x4)((U32x4)a.v & 0x
 TPCORE_INLINE Vec<double> absolute(Vec<double> a) {
   return (F64x2)((U64x2)a.v & 0x7fffffffffffffffu);
 }
+template <class A>
+TPCORE_INLINE Vec<A> negated(Vec<A> a) {
+  return Vec<A>(-a.v);
+}
 // Adding 1.5 * 2^23 leaves no bits for a fraction; right for |a| < 2^22.
 TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
   const F32x4 magic = Vec<float>(12582912.0f).v;
@@ -213,23 +232,12 @@ struct U64 {
   static TPCORE_INLINE U64 iota(uint64_t first) { return U64x2{first, first + 1}; }
 
   template <int N>
-  TPCORE_INLINE U64 shift_left() const {
-    return v << N;
-  }
-  template <int N>
   TPCORE_INLINE U64 shift_right() const {
     return v >> N;
-  }
-  TPCORE_INLINE void store_low_words(uint32_t* p) const {
-    p[0] = static_cast<uint32_t>(v[0]);
-    p[1] = static_cast<uint32_t>(v[1]);
   }
 };
 
 TPCORE_INLINE U64 operator^(U64 a, U64 b) { return a.v ^ b.v; }
-TPCORE_INLINE U64 operator-(U64 a, U64 b) { return a.v - b.v; }
-TPCORE_INLINE U64 operator&(U64 a, U64 b) { return a.v & b.v; }
-TPCORE_INLINE U64 operator|(U64 a, U64 b) { return a.v | b.v; }
 TPCORE_INLINE U64 xor3(U64 a, U64 b, U64 c) { return a.v ^ b.v ^ c.v; }
 
 // The 64-bit products of the low words; high words are ignored.
@@ -243,6 +251,16 @@ TPCORE_INLINE U64 multiply_low_words(U64 a, U64 b) {
 #else
   return (a.v & 0xffffffffu) * (b.v & 0xffffffffu);
 #endif
+}
+
+// Four bits for each lane, from the lowest: whether the low word of a, b, c, d is at least the
+// threshold. The sign of the difference says where it is not.
+TPCORE_INLINE void store_at_least(U64 a, U64 b, U64 c, U64 d, uint32_t threshold, uint8_t* p) {
+  const auto below = [&](U64 words) TPCORE_INLINE_LAMBDA {
+    return ((words.v & 0xffffffffu) - threshold) >> 63;
+  };
+  const U64x2 nibbles = below(a) | below(b) << 1 | below(c) << 2 | below(d) << 3;
+  *p = static_cast<uint8_t>(~(nibbles[0] | nibbles[1] << 4));
 }
 
 }  // namespace TPCORE_ISA

@@ -25,8 +25,12 @@ struct Cpu {
 
 }  // namespace
 
-// Besides those of ops.h, which every device has.
+// Besides those of TPCORE_OPS, which every device has: from ops.h, and from the files included
+// above.
 // clang-format off
+#define TPCORE_CPU_OPS(op)              \
+  op(bias_dropout_residual_cpu_forward) \
+  op(bias_dropout_residual_cpu_backward)
 #define TPCORE_CPU_ONLY_OPS(op) \
   op(packed_attention_forward)  \
   op(packed_attention_backward) \
@@ -38,6 +42,7 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_IMPL(tpcore, CPU, m) {
 #define TPCORE_REGISTER(name) m.impl(#name, TORCH_BOX(&name<Cpu>));
   TPCORE_OPS(TPCORE_REGISTER)
+  TPCORE_CPU_OPS(TPCORE_REGISTER)
 #undef TPCORE_REGISTER
 #define TPCORE_REGISTER(name) m.impl(#name, TORCH_BOX(&name));
   TPCORE_CPU_ONLY_OPS(TPCORE_REGISTER)
@@ -55,6 +60,7 @@ extern "C" __attribute__((visibility("default"))) const char* tpcore_library_inf
     std::string ops;
 #define TPCORE_LIST(name) ops += std::string(ops.empty() ? "\"" : ", \"") + #name + "\"";
     TPCORE_OPS(TPCORE_LIST)
+    TPCORE_CPU_OPS(TPCORE_LIST)
     TPCORE_CPU_ONLY_OPS(TPCORE_LIST)
 #undef TPCORE_LIST
     return std::string("{\"isa\": \"") + tpcore::cpu_kernels()->isa + "\", \"ops\": [" + ops + "]}";

@@ -42,9 +42,17 @@ struct Cuda {
 
 }  // namespace
 
+// Besides those of TPCORE_OPS. The CPU has a pair of its own, which saves the bits of the dropout.
+// clang-format off
+#define TPCORE_CUDA_OPS(op)         \
+  op(bias_dropout_residual_forward) \
+  op(bias_dropout_residual_backward)
+// clang-format on
+
 STABLE_TORCH_LIBRARY_IMPL(tpcore, CUDA, m) {
 #define TPCORE_REGISTER(name) m.impl(#name, TORCH_BOX(&name<Cuda>));
   TPCORE_OPS(TPCORE_REGISTER)
+  TPCORE_CUDA_OPS(TPCORE_REGISTER)
 #undef TPCORE_REGISTER
 }
 
@@ -56,6 +64,7 @@ extern "C" __attribute__((visibility("default"))) const char* tpcore_library_inf
     std::string ops;
 #define TPCORE_LIST(name) ops += std::string(ops.empty() ? "\"" : ", \"") + #name + "\"";
     TPCORE_OPS(TPCORE_LIST)
+    TPCORE_CUDA_OPS(TPCORE_LIST)
 #undef TPCORE_LIST
     return "{\"isa\": \"cuda\", \"ops\": [" + ops + "]}";
   }();

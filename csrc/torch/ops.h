@@ -28,18 +28,16 @@ using torch::stable::new_empty;
   launcher(cross_entropy_backward, CrossEntropyBackward)                    \
   launcher(dropout_mask, DropoutMask)
 
-#define TPCORE_OPS(op)               \
-  op(layer_norm_forward)             \
-  op(add_layer_norm_forward)         \
-  op(layer_norm_backward)            \
-  op(bias_gelu_forward)              \
-  op(bias_gelu_backward)             \
-  op(bias_dropout_residual_forward)  \
-  op(bias_dropout_residual_backward) \
-  op(masked_softmax_forward)         \
-  op(masked_softmax_backward)        \
-  op(cross_entropy_statistics)       \
-  op(cross_entropy_backward)         \
+#define TPCORE_OPS(op)         \
+  op(layer_norm_forward)       \
+  op(add_layer_norm_forward)   \
+  op(layer_norm_backward)      \
+  op(bias_gelu_forward)        \
+  op(bias_gelu_backward)       \
+  op(masked_softmax_forward)   \
+  op(masked_softmax_backward)  \
+  op(cross_entropy_statistics) \
+  op(cross_entropy_backward)   \
   op(dropout_keep_mask)
 // clang-format on
 
@@ -185,11 +183,13 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& grad_y, const Tensor
   return {grad_x, grad_bias};
 }
 
+// y, and with save_bits the decisions of the dropout.
 template <class Device>
-Tensor bias_dropout_residual_forward(const Tensor& x, const OptionalTensor& bias,
-                                     const OptionalTensor& residual, double p,
-                                     const OptionalTensor& seed, int64_t stream,
-                                     const OptionalTensor& row_ids, int64_t column_offset) {
+std::tuple<Tensor, Tensor> bias_dropout_residual(const Tensor& x, const OptionalTensor& bias,
+                                                 const OptionalTensor& residual, double p,
+                                                 const OptionalTensor& seed, int64_t stream,
+                                                 const OptionalTensor& row_ids,
+                                                 int64_t column_offset, bool save_bits) {
   const typename Device::Guard guard(x);
   STD_TORCH_CHECK(x.dim() == 2, "x has shape ", shape_string(x), "; expected two dimensions");
   const int64_t rows = x.size(0), columns = x.size(1);
@@ -197,6 +197,7 @@ Tensor bias_dropout_residual_forward(const Tensor& x, const OptionalTensor& bias
   const ScalarType parameter = parameter_type(x, bias, std::nullopt);
   const Dropout dropout(p, seed, stream, row_ids, rows, column_offset, 0);
   Tensor y = new_empty(x, {rows, columns});
+  Tensor keep;
   BiasDropoutResidualForward args;
   args.rows = rows;
   args.columns = columns;
@@ -208,20 +209,46 @@ Tensor bias_dropout_residual_forward(const Tensor& x, const OptionalTensor& bias
   args.key = dropout.key();
   args.scale = dropout.scale();
   args.y = y.mutable_data_ptr();
+  args.keep = nullptr;
+  if (save_bits) {
+    keep = new_empty(x, {args.key ? rows : 0, (columns + 7) / 8}, ScalarType::Byte);
+    if (args.key) args.keep = static_cast<uint8_t*>(keep.mutable_data_ptr());
+  }
   Device::bias_dropout_residual_forward(args);
-  return y;
+  return {y, keep};
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor> bias_dropout_residual_backward(
-    const Tensor& grad_y, double p, const OptionalTensor& seed, int64_t stream,
-    const OptionalTensor& row_ids, int64_t column_offset, bool need_grad_x, bool need_grad_bias) {
+Tensor bias_dropout_residual_forward(const Tensor& x, const OptionalTensor& bias,
+                                     const OptionalTensor& residual, double p,
+                                     const OptionalTensor& seed, int64_t stream,
+                                     const OptionalTensor& row_ids, int64_t column_offset) {
+  return std::get<0>(bias_dropout_residual<Device>(x, bias, residual, p, seed, stream, row_ids,
+                                                   column_offset, false));
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> bias_dropout_residual_cpu_forward(
+    const Tensor& x, const OptionalTensor& bias, const OptionalTensor& residual, double p,
+    const OptionalTensor& seed, int64_t stream, const OptionalTensor& row_ids,
+    int64_t column_offset) {
+  return bias_dropout_residual<Device>(x, bias, residual, p, seed, stream, row_ids, column_offset,
+                                       true);
+}
+
+// Where the decisions of the dropout come from: a key, saved bits, or neither.
+struct DropoutSource {
+  const DropoutKey* key;
+  const uint8_t* keep;
+  double scale;
+};
+
+template <class Device>
+std::tuple<Tensor, Tensor> dropout_backward(const Tensor& grad_y, const DropoutSource& source,
+                                            bool need_grad_x, bool need_grad_bias) {
   const typename Device::Guard guard(grad_y);
-  STD_TORCH_CHECK(grad_y.dim() == 2, "grad_y has shape ", shape_string(grad_y),
-                  "; expected two dimensions");
   const int64_t rows = grad_y.size(0), columns = grad_y.size(1);
   const ScalarType sums = accumulation_type(grad_y);
-  const Dropout dropout(p, seed, stream, row_ids, rows, column_offset, 0);
   Tensor grad_x = need_grad_x ? new_empty(grad_y, {rows, columns}) : new_empty(grad_y, {0});
   Tensor grad_bias = new_empty(grad_y, {need_grad_bias ? columns : 0}, sums);
   Tensor partials =
@@ -231,13 +258,46 @@ std::tuple<Tensor, Tensor> bias_dropout_residual_backward(
   args.columns = columns;
   args.dtype = dtype_of(grad_y, "grad_y");
   args.grad_y = matrix_of(grad_y, "grad_y", rows, columns, grad_y.scalar_type());
-  args.key = dropout.key();
-  args.scale = dropout.scale();
+  args.key = source.key;
+  args.keep = source.keep;
+  args.scale = source.scale;
   args.grad_x = need_grad_x ? grad_x.mutable_data_ptr() : nullptr;
   args.grad_bias = need_grad_bias ? grad_bias.mutable_data_ptr() : nullptr;
   args.partials = partials.mutable_data_ptr();
   Device::bias_dropout_residual_backward(args);
   return {grad_x, grad_bias};
+}
+
+inline void check_matrix(const Tensor& grad_y) {
+  STD_TORCH_CHECK(grad_y.dim() == 2, "grad_y has shape ", shape_string(grad_y),
+                  "; expected two dimensions");
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> bias_dropout_residual_backward(
+    const Tensor& grad_y, double p, const OptionalTensor& seed, int64_t stream,
+    const OptionalTensor& row_ids, int64_t column_offset, bool need_grad_x, bool need_grad_bias) {
+  const typename Device::Guard guard(grad_y);
+  check_matrix(grad_y);
+  const Dropout dropout(p, seed, stream, row_ids, grad_y.size(0), column_offset, 0);
+  return dropout_backward<Device>(grad_y, {dropout.key(), nullptr, dropout.scale()}, need_grad_x,
+                                  need_grad_bias);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> bias_dropout_residual_cpu_backward(const Tensor& grad_y,
+                                                              const Tensor& keep, double p,
+                                                              bool need_grad_x,
+                                                              bool need_grad_bias) {
+  check_matrix(grad_y);
+  DropoutSource source{nullptr, nullptr, 1.0 / (1.0 - p)};
+  if (p > 0.0) {
+    STD_TORCH_CHECK(keep.is_contiguous(), "keep is not contiguous");
+    const int64_t bytes = (grad_y.size(1) + 7) / 8;
+    source.keep = static_cast<const uint8_t*>(
+        matrix_of(keep, "keep", grad_y.size(0), bytes, ScalarType::Byte).data);
+  }
+  return dropout_backward<Device>(grad_y, source, need_grad_x, need_grad_bias);
 }
 
 // The strides of a mask along the dimensions of scores: 0 where it is broadcast.

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.harness import (
     DEVICE,
@@ -19,7 +20,7 @@ from tpcore._native import philox_keep_mask
 from tpcore.kernels import bias_dropout_residual, record_backends, use_backend
 
 by_backend = by_backends("reference", "cpu")
-OP = "bias_dropout_residual"
+OP, OPS = "bias_dropout_residual", torch.ops.tpcore
 SEED = torch.tensor([0x1234_5678_9ABC_DEF])
 
 
@@ -205,10 +206,46 @@ def test_autocast_changes_nothing(backend):
 
 def test_frozen_inputs_cost_nothing():
     require(DEVICE)
-    backward = torch.ops.tpcore.bias_dropout_residual_backward
     for needs in ((True, False), (False, True)):
-        grads = backward(torch.randn(40, 8), 0.5, SEED, 0, _row_ids(40), 0, *needs)
+        x = torch.randn(40, 8)
+        if DEVICE == "cpu":
+            grads = OPS.bias_dropout_residual_cpu_backward(x, x[:, :1].byte(), 0.5, *needs)
+        else:
+            grads = OPS.bias_dropout_residual_backward(x, 0.5, SEED, 0, _row_ids(40), 0, *needs)
         assert [g.numel() > 0 for g in grads] == list(needs)
+
+
+@pytest.mark.parametrize("columns", [1, 8, 17, 64, 127, 1000])
+@pytest.mark.parametrize("offset", [0, 4, 5, 1023])
+def test_saved_bits_are_the_mask(columns, offset):
+    require("cpu")
+    row_ids = _row_ids(5)
+    x = torch.randn(5, columns)
+    _, saved = torch.ops.tpcore.bias_dropout_residual_cpu_forward(
+        x, None, None, 0.3, SEED, 9, row_ids, offset
+    )
+    keep = philox_keep_mask(SEED, row_ids[None], 0.3, 9, columns, offset, 0, 1)[0, 0]
+    bits = saved[..., None] >> torch.arange(8) & 1
+    assert saved.shape == (5, -(-columns // 8))
+    assert torch.equal(bits.flatten(1)[:, :columns].bool(), keep)
+    grad, _ = torch.ops.tpcore.bias_dropout_residual_cpu_backward(x, saved, 0.3, True, False)
+    assert torch.equal(grad, torch.where(keep, x * torch.tensor(1 / 0.7), 0.0))
+
+
+@by_backend
+def test_a_checkpointed_layer_draws_the_same_bits(backend):
+    inputs = _inputs((9, 70), (torch.float32, torch.float32))
+    key = {"p": 0.3, "seed": SEED, "row_ids": _row_ids(9)}
+    results = []
+    for again in (False, True):
+        arguments = leaves(*inputs)
+
+        def function(*a):
+            return run(OP, backend, bias_dropout_residual, *a, **key) ** 2
+
+        y = checkpoint(function, *arguments, use_reentrant=False) if again else function(*arguments)
+        results.append([y, *torch.autograd.grad(y.sum(), arguments)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_bits_do_not_depend_on_threads():
@@ -224,16 +261,24 @@ def test_bits_do_not_depend_on_threads():
 @pytest.mark.parametrize("rows", [0, 1, 50])
 def test_opcheck(dtype, rows):
     require(DEVICE)
-    ops = torch.ops.tpcore
     x, bias, residual = _inputs((rows, 19), (dtype, torch.float32))
     strided = torch.randn(rows, 40)[:, 4:23].to(dtype)
     key = (0.3, SEED, 7, _row_ids(rows), 5)
     no_key = (0.0, None, 0, None, 0)
-    torch.library.opcheck(ops.bias_dropout_residual_forward, (x, bias, residual, *key))
-    torch.library.opcheck(ops.bias_dropout_residual_forward, (strided, None, None, *key))
-    torch.library.opcheck(ops.bias_dropout_residual_forward, (x, bias, strided, *no_key))
-    torch.library.opcheck(ops.bias_dropout_residual_backward, (strided, *key, True, True))
-    torch.library.opcheck(ops.bias_dropout_residual_backward, (x, *no_key, False, True))
+    cpu = DEVICE == "cpu"
+    forward = OPS.bias_dropout_residual_cpu_forward if cpu else OPS.bias_dropout_residual_forward
+    torch.library.opcheck(forward, (x, bias, residual, *key))
+    torch.library.opcheck(forward, (strided, None, None, *key))
+    torch.library.opcheck(forward, (x, bias, strided, *no_key))
+    if cpu:
+        backward = OPS.bias_dropout_residual_cpu_backward
+        bits, no_bits = (forward(x, bias, None, *k)[1] for k in (key, no_key))
+        torch.library.opcheck(backward, (strided, bits, 0.3, True, True))
+        torch.library.opcheck(backward, (x, no_bits, 0.0, False, True))
+    else:
+        backward = OPS.bias_dropout_residual_backward
+        torch.library.opcheck(backward, (strided, *key, True, True))
+        torch.library.opcheck(backward, (x, *no_key, False, True))
 
 
 def test_errors_name_the_argument():

@@ -115,6 +115,20 @@ def test_gradcheck(backend, p, causal):
     assert set(calls) == {(OP, backend)}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_sign_of_saved_probabilities_is_the_dropout_mask(dtype):
+    require("cpu")
+    row_ids = _row_ids(2, 7)
+    scores = torch.randn(2, 3, 7, 51).to(dtype)
+    scores[..., 40:] = -1e4  # probabilities of zero have a sign too
+    forward = torch.ops.tpcore.masked_softmax_forward
+    y, probs = forward(scores, None, 1.0, False, 0.4, SEED, 5, row_ids, 2)
+    keep = philox_keep_mask(SEED, row_ids, 0.4, 5, 51, 0, 2, 3)
+    assert torch.equal(~probs.signbit(), keep)
+    assert torch.equal(probs.abs(), forward(scores, None, 1.0, False, 0.0, None, 0, None, 0)[0])
+    assert not y[~keep].any()
+
+
 @by_backend
 @by_dtype
 def test_fully_masked_rows_are_zero_with_zero_gradient(backend, dtype):

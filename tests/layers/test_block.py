@@ -213,3 +213,25 @@ def test_sharding_table():
     assert len(sharded) == 12
     assert sharded["attention.qkv.bias"] == Sharded(0)
     assert sharded["mlp.dense_out.weight"] == Sharded(1)
+
+
+@pytest.mark.parametrize(
+    "checkpointing",
+    ["full", *(pytest.param(kind, marks=pytest.mark.slow) for kind in (None, "selective"))],
+)
+def test_compiles_to_one_graph(checkpointing):
+    torch.manual_seed(0)
+    block = _build(
+        TensorParallelGroup.single(),
+        hidden_dropout=0.1,
+        attention_dropout=0.1,
+        activation_checkpointing=checkpointing,
+    )
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    sequences, results = PackedSequences.from_lengths(LENGTHS), []
+    for function in (block, compiled):
+        x = torch.randn(sum(LENGTHS), H, generator=torch.Generator().manual_seed(1))
+        y = function(x.requires_grad_(), sequences, _context())
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad))
+    torch.testing.assert_close(results[1], results[0])

@@ -18,6 +18,7 @@ from tpcore.layers import linear_function
 from tpcore.layers.attention import PackedSequences
 from tpcore.layers.block import TransformerBlock
 from tpcore.layers.linear import ColumnParallelLinear, RowParallelLinear
+from tpcore.layers.linear_function import column_parallel_linear
 from tpcore.parallel import shared_memory
 from tpcore.parallel.collectives import all_gather, all_reduce, reduce_scatter
 from tpcore.parallel.group import TensorParallelGroup
@@ -174,6 +175,19 @@ def _check_compiled(tp, sequence):
 @by_sequence
 def test_a_compiled_backward_keeps_the_overlap(sequence):
     run_ranks(_check_compiled, 2, sequence)
+
+
+def _check_input_gradient_left_to_the_caller(tp):
+    layer, x = _column_and_input(tp, False)
+    y = column_parallel_linear(x, layer.weight, layer.bias, tp, reduce_input_grad=False)
+    grad, names = _backward(y)
+    assert names == ["mm", "mm"]
+    assert torch.equal(x.grad, grad @ layer.weight.detach())
+    assert torch.equal(y, layer(x))
+
+
+def test_the_sum_of_the_input_gradient_can_be_left_to_the_caller():
+    run_ranks(_check_input_gradient_left_to_the_caller, 2)
 
 
 # --- what needs no gradient -----------------------------------------------------------------------

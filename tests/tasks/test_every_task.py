@@ -13,7 +13,6 @@ from tests.train import tiny
 from tpcore import load_run
 from tpcore.cli import main
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
-from tpcore.tasks import task_class
 from tpcore.train.finetune import finetune
 from tpcore.train.launch import on_all_ranks
 from tpcore.train.logging import RunLog
@@ -29,10 +28,10 @@ TASKS = list(tiny_data.WRITERS)
 def test_from_files_to_predictions(task, tmp_path):
     config = load_config(None, tiny_data.overrides(task, tmp_path, trainer__max_epochs=1))
     result = finetune(config)
-    monitored = f"val_{task_class(task).monitor.metric}"
-    assert monitored in result.best
     assert all(math.isfinite(value) for value in result.last.values())
     run = load_run(result.path)
+    monitored = f"val_{run.task.monitor.metric}"
+    assert monitored in result.best
     dataset = run.load()
     evaluation = run.evaluate_dataset(dataset)
     assert evaluation.metrics[monitored.removeprefix("val_")] == pytest.approx(

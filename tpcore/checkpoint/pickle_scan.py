@@ -35,7 +35,7 @@ from tpcore.checkpoint.pickle_values import (
 )
 
 MAX_BYTES = 32 * 2**20
-MAX_INSTRUCTIONS = 1_000_000
+MAX_INSTRUCTIONS = 500_000
 MAX_DEPTH = 500
 MAX_TUPLE_COST = 100_000
 MAX_KEY_COST = 100_000
@@ -326,7 +326,11 @@ def _get(code: str) -> Callable[[PickleScan], None]:
 
 def _put(code: str) -> Callable[[PickleScan], None]:
     def step(scan: PickleScan) -> None:
-        scan._memo[scan._number(code)] = scan._top()
+        index = scan._number(code)
+        if index > MAX_INSTRUCTIONS:
+            # Python's own unpickler makes a table of that size.
+            scan._fail(f"it remembers an object under the number {index}")
+        scan._memo[index] = scan._top()
 
     return step
 

@@ -12,16 +12,20 @@ itself unpacks compressed records of any size, and trusts what a tensor says of 
 from __future__ import annotations
 
 import argparse
+import io
 import mmap
+import os
 import pickle
+import stat
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch.serialization import safe_globals
 
+from tpcore.checkpoint.archive import Window
 from tpcore.checkpoint.errors import CheckpointError
 from tpcore.checkpoint.pickle_scan import MAX_BYTES, PickleScan
 from tpcore.checkpoint.zip_directory import MAGIC, read_directory
@@ -142,11 +146,49 @@ def load_pickle(path: Path, where: str | None = None) -> Any:
             _scan_zip(data, where)
         else:
             _scan_legacy(data, where)
+    return _load(path, where, is_zip)
+
+
+class FileRange:
+    """Some bytes of a mapped file, in place of all of it."""
+
+    def __init__(self, data: mmap.mmap, offset: int, size: int, where: str) -> None:
+        if offset < 0 or size < 0 or offset + size > len(data):
+            raise CheckpointError(
+                f"{where}: lies at bytes {offset} to {offset + size}, but the file has {len(data)}"
+            )
+        self._data, self._offset, self._size = data, offset, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self._size)
+        return self._data[self._offset + start : self._offset + max(start, stop)]
+
+
+def load_embedded(path: Path, offset: int, size: int, where: str) -> Any:
+    """As `load_pickle`, of a zip file that is a range of another file; its tensors are read.
+
+    Raises:
+        CheckpointError: as `load_pickle`.
+    """
+    with _mapped(path, where) as data:
+        content = FileRange(data, offset, size, where)
+        if content[:4] != MAGIC:
+            raise CheckpointError(f"{where}: not a readable torch checkpoint, truncated or damaged")
+        _scan_zip(content, where)
+    window = Window(os.open(path, os.O_RDONLY), offset, size)
+    with cast(BinaryIO, io.BufferedReader(window)) as file:
+        return _load(file, where, False)
+
+
+def _load(file: Path | BinaryIO, where: str, mapped: bool) -> Any:
     try:
         with safe_globals(_ALLOWED), warnings.catch_warnings():
             # Advice for writers of pickles; what a reader needs to know is an error below.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError as error:
         raise CheckpointError(f"{where}: not enough memory to read it") from error
     except Exception as error:  # whatever a damaged file makes the reader raise
@@ -189,15 +231,21 @@ def check_records(path: Path, where: str | None = None) -> None:
 
 def _mapped(path: Path, where: str) -> mmap.mmap:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            # A pipe would wait for somebody to write into it.
+            kind = "a directory" if path.is_dir() else "a pipe or a device"
+            raise CheckpointError(f"{where}: is {kind}, not a file")
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except CheckpointError:
+        raise
     except ValueError:
         raise CheckpointError(f"{where}: is empty, or truncated to nothing") from None
     except OSError as error:
         raise CheckpointError(f"{where}: cannot be opened ({error.strerror})") from error
 
 
-def _scan_zip(data: mmap.mmap, where: str) -> None:
+def _scan_zip(data: mmap.mmap | FileRange, where: str) -> None:
     records = read_directory(data, where)
     root = next(iter(records), "").partition("/")[0]
     pickled = records.get(f"{root}/data.pkl")

@@ -37,6 +37,14 @@ OPS: dict[str, tuple[str, ...]] = {
     "cross_entropy": ("cross_entropy_statistics", "cross_entropy_backward"),
 }
 
+# Where a backend has raw ops of its own for an op.
+_OWN_RAW_OPS = {
+    ("bias_dropout_residual", "cpu"): (
+        "bias_dropout_residual_cpu_forward",
+        "bias_dropout_residual_cpu_backward",
+    ),
+}
+
 # Device type -> the backends that are used there without being asked for; else the reference.
 _PREFERENCES: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
@@ -55,7 +63,8 @@ def _device_refusal(backend: str, op: str, device: str) -> str:
     library = _native.status(backend)  # type: ignore[arg-type]
     if not library.loaded:
         return f"the compiled library is not loaded: {library.reason}"
-    missing = [raw for raw in OPS[op] if raw not in _native.NATIVE_OPS[backend]]
+    raw_ops = _OWN_RAW_OPS.get((op, backend), OPS[op])
+    missing = [raw for raw in raw_ops if raw not in _native.NATIVE_OPS[backend]]
     return f"the compiled library has no {missing[0]}" if missing else ""
 
 

@@ -8,7 +8,8 @@ grad_y / (1 - dropout_p):
 
     grad_scores = scale * p * (g - sum(g * p))
 
-Saved for backward: p; the dropout bits are generated again from their key.
+Saved for backward: p. On a GPU the dropout bits are generated again from their key; on the CPU,
+where that would cost more than all the rest, the sign of the saved p tells them.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ Products of one layer and token, forward (a multiplication and an addition are t
 and twice that backward; attention computes its scores again there (2.5 times). Activation bytes are
 counted, not estimated: a test compares `activation_bytes` with what autograd saves. The count of
 arXiv 2205.05198, equation 2, for a layer in half precision is s b h (34 + 5 n s / h): dropout masks
-and the [s, s] matrices that the kernels here do not keep make the difference.
+in bytes and the [s, s] matrices that the kernels here do not keep make the difference.
 
 No torch here.
 """
@@ -167,11 +167,12 @@ def activation_bytes(config: BertConfig, layout: Layout) -> int:
 
         the inputs of two norms and of two column-parallel layers     4 h e    (/tp with sequence
         the means and inverse deviations of the norms, fp32           16        parallelism)
+        one bit an element of two dropouts, on a CPU only             h / 4
         q, k and v; the context; both sides of the GeLU               (4 h + 2 f) e / tp
         maximum and sum of each query's scores, fp32                  8 n / tp
 
     and under bf16-mixed the norms' inputs are fp32 and bfloat16 copies of the weights are kept, 2
-    bytes a number. Dropout masks and attention probabilities are computed again. "selective" saves
+    bytes a number. Attention computes its dropout mask and probabilities again. "selective" saves
     nothing beyond that here, where attention never keeps its probabilities; "full" keeps the input
     of the layer alone.
     """
@@ -181,7 +182,8 @@ def activation_bytes(config: BertConfig, layout: Layout) -> int:
     own_tokens = t // layout.norm_shares
     if layout.activation_checkpointing == "full":
         return own_tokens * h * residual_bytes
-    norms = own_tokens * (2 * h * residual_bytes + 2 * h * e + 16)
+    dropout_bits = 2 * ((h + 7) // 8)
+    norms = own_tokens * (2 * h * residual_bytes + 2 * h * e + 16 + dropout_bits)
     split = t * ((4 * h + 2 * f) * e + 8 * config.num_attention_heads) // tp
     weights = 2 * (4 * h * h + 2 * h * f) // tp if layout.precision == "bf16-mixed" else 0
     return norms + split + weights

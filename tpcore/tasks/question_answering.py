@@ -31,7 +31,7 @@ from torch import Tensor
 from tpcore.models.heads import span_losses, token_table
 from tpcore.models.output import BertOutput
 from tpcore.models.packing import pack_sequences
-from tpcore.tasks.settings import Source
+from tpcore.tasks.sections import Source
 from tpcore.tasks.squad_files import Question, read_questions
 from tpcore.tasks.squad_metrics import SquadScores, score_answers
 from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch

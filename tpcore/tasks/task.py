@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tpcore.models.output import BertOutput
 from tpcore.models.packing import PackedBatch
-from tpcore.tasks.settings import Source
+from tpcore.tasks.sections import Source
 from tpcore.tokenizer import WordPieceTokenizer
 
 Path = str | PathLike[str]
@@ -100,9 +100,12 @@ class Task(Protocol):
     """As in the configuration's `task:`."""
     head_name: ClassVar[str]
     """Of `tpcore.models.heads.HEADS`."""
-    monitor: ClassVar[Monitor]
-    """One of the keys of `metrics`."""
     tokenizer: WordPieceTokenizer
+
+    @property
+    def monitor(self) -> Monitor:
+        """One of the keys of `metrics`."""
+        ...
 
     @classmethod
     def create(cls, config: Any, tokenizer: WordPieceTokenizer, train_path: Source | None) -> Task:

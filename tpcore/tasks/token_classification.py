@@ -36,6 +36,7 @@ from tpcore.tasks.entities import (
 )
 from tpcore.tasks.labels import Labels
 from tpcore.tasks.metrics import score_classification
+from tpcore.tasks.sections import Source
 from tpcore.tasks.sentence_files import (
     RawSentence,
     SentenceFile,
@@ -51,7 +52,6 @@ from tpcore.tasks.sentences import (
     label_tokens,
     place_words,
 )
-from tpcore.tasks.settings import Source
 from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch
 from tpcore.tasks.text_file import write_whole
 from tpcore.tokenizer import WordPieceTokenizer

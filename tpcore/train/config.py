@@ -15,7 +15,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from tpcore.tasks.settings import SECTIONS, TaskSections
+from tpcore.tasks.sections import TaskSections
+from tpcore.tasks.settings import SECTIONS
 from tpcore.train.schedule import SCHEDULES
 
 PRECISIONS = ("32", "bf16-mixed", "bf16", "16-mixed", "16", "32-true", "bf16-true")

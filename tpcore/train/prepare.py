@@ -22,9 +22,10 @@ from tpcore.checkpoint.state import check_tensor_parallel_size, check_vocabulary
 from tpcore.models.bert import BertModel
 from tpcore.models.config import BertConfig
 from tpcore.models.heads import build_head
+from tpcore.models.vocabulary import grow_vocabulary
 from tpcore.parallel.group import TensorParallelGroup
 from tpcore.tasks import DataError, Dataset, Task, task_class
-from tpcore.tasks.settings import DataConfig
+from tpcore.tasks.sections import DataConfig
 from tpcore.tokenizer import SHIPPED, WordPieceTokenizer
 from tpcore.train.config import (
     CheckpointCallbackConfig,
@@ -79,6 +80,8 @@ class Job:
     """The same for the one that early stopping watches."""
     notes: tuple[str, ...]
     """What a user should hear before the run begins."""
+    new_tokens: tuple[tuple[int, ...], ...] = ()
+    """The pieces, until now, of each token that the task adds to the vocabulary."""
 
     @property
     def total_steps(self) -> int:
@@ -133,6 +136,8 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
         key = f"model.train_ds.{model.file_key}"
         raise ConfigError(f"no value for {key}; pass {key}=...")
     task = task_class(config.task).create(model, tokenizer, source)
+    added = task.tokenizer.vocabulary[tokenizer.vocab_size :]
+    new_tokens = tuple(tuple(tokenizer.encode(token).ids[1:-1]) for token in added)
     if task.head_name == "sequence_classification" and overrides.get("add_pooler") is False:
         raise ConfigError(
             "model.language_model.config has add_pooler=False, but a classifier works "
@@ -147,6 +152,8 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
     steps_per_epoch = math.ceil(batches / config.trainer.accumulate_grad_batches)
     head = ", ".join(f"{name}={value}" for name, value in task.head_kwargs().items())
     notes = [start, f"new head: {task.head_name} ({head})"]
+    if added:
+        notes.append(f"{len(added)} tokens added to the vocabulary: {' '.join(added)}")
     for dataset in (train, validation, test):
         if dataset is not None:
             notes.append(f"{dataset.source}: {len(dataset.examples)} examples")
@@ -169,6 +176,7 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
         monitor=_monitor(config.exp_manager.checkpoint_callback_params, task),
         stopping_monitor=_stopping_monitor(config, task),
         notes=tuple(notes),
+        new_tokens=new_tokens,
     )
 
 
@@ -180,7 +188,9 @@ def build_model(job: Job, tp: TensorParallelGroup, device: torch.device) -> Bert
         ConfigError: the model does not fit into memory.
     """
     try:
-        return _build_model(job, tp, device)
+        model = _build_model(job, tp, device)
+        grow_vocabulary(model, job.new_tokens)
+        return model
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and (
             "allocate memory" not in str(error)

@@ -19,6 +19,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import tpcore.tasks.sections as sections_module
 import tpcore.tasks.settings as settings_module
 import tpcore.train.config as config_module
 from tpcore.tasks.settings import SECTIONS
@@ -176,7 +177,7 @@ def _attribute_docstrings() -> dict[tuple[str, str], str]:
     A class that inherits a field inherits its documentation.
     """
     docs: dict[tuple[str, str], str] = {}
-    modules = (settings_module, config_module)
+    modules = (sections_module, settings_module, config_module)
     for node in [node for m in modules for node in ast.parse(inspect.getsource(m)).body]:
         if not isinstance(node, ast.ClassDef):
             continue

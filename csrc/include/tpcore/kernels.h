@@ -124,7 +124,8 @@ struct BiasDropoutResidualForward {
   Matrix residual;        // T [rows, columns] or null
   const DropoutKey* key;  // row_ids [rows]; null without dropout
   double scale;
-  void* y;  // T [rows, columns] contiguous
+  void* y;        // T [rows, columns] contiguous
+  uint8_t* keep;  // CPU: [rows, (columns + 7) / 8], bit c % 8 of byte c / 8; null without dropout
 };
 
 // grad_x = keep * grad_y * scale,  grad_bias = sum over rows of it, before it is rounded to T
@@ -132,7 +133,8 @@ struct BiasDropoutResidualBackward {
   int64_t rows, columns;
   DType dtype;
   Matrix grad_y;          // T [rows, columns]
-  const DropoutKey* key;  // row_ids [rows]; null without dropout
+  const DropoutKey* key;  // CUDA: row_ids [rows]; null without dropout
+  const uint8_t* keep;    // CPU: what forward gave; null without dropout
   double scale;
   void* grad_x;     // T [rows, columns] contiguous, or null
   void* grad_bias;  // A [columns] or null
@@ -153,7 +155,7 @@ struct MaskedSoftmaxForward {
   const DropoutKey* key;  // row_ids [batch, queries]; null without dropout
   double dropout_scale;
   void* y;      // T [batch, heads, queries, keys] contiguous
-  void* probs;  // p, like y; null without dropout, where it equals y
+  void* probs;  // p, like y, on the CPU with a sign bit where it is dropped; null without dropout
 };
 
 // With g = keep * grad_y * dropout_scale: grad_scores = scale * p * (g - sum over keys of g * p)
