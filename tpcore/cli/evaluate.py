@@ -62,8 +62,8 @@ def _load_run(arguments: argparse.Namespace) -> Any:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from tpcore.train.evaluation import named_metrics
     from tpcore.train.logging import RunLog, format_metrics
-    from tpcore.train.trainer import named_metrics
 
     run = _load_run(arguments)
     dataset = run.load(arguments.file)
