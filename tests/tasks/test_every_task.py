@@ -19,7 +19,7 @@ from tpcore.train.launch import on_all_ranks
 from tpcore.train.logging import RunLog
 from tpcore.train.prepare import build_model, prepare
 from tpcore.train.read_config import load_config
-from tpcore.train.run_state import run_path
+from tpcore.train.run_state import RunChoice, run_path
 from tpcore.train.trainer import Trainer
 
 TASKS = list(tiny_data.WRITERS)
@@ -86,7 +86,8 @@ def _metrics(tp: TensorParallelGroup, dp: DataParallelGroup, config) -> dict[str
     job = on_all_ranks(lambda: prepare(config, tp.size * dp.size), tp, dp)
     model = on_all_ranks(lambda: build_model(job, tp, "cpu"), tp, dp)
     log = RunLog(enabled=False)
-    trainer = Trainer(job, model, tp=tp, dp=dp, run_path=run_path(config.exp_manager), log=log)
+    run = RunChoice(run_path(config.exp_manager), resumes=False)
+    trainer = Trainer(job, model, tp=tp, dp=dp, run=run, log=log)
     return trainer.fit().last
 
 
