@@ -23,6 +23,8 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCABULARY_FILE = "vocab.txt"
 CONFIG_FILE = "tokenizer_config.json"
 SERIALIZED_FILE = "tokenizer.json"
+_MAX_BYTES = 64 * 2**20
+"""Of a vocabulary file; those of BERT have 0.2 MiB."""
 SHIPPED_FOLDER = "vocabularies"
 SHIPPED = {
     f"{name}-{case}": f"bert-base-{case}"
@@ -200,16 +202,18 @@ class WordPieceTokenizer:
             config = path / CONFIG_FILE
             stored = _read_json(config) if config.is_file() else {}
             if lowercase is None:
-                lowercase = stored.get("do_lower_case")
+                lowercase = _flag(stored, "do_lower_case", config)
             if vocabulary.is_file():
-                whole = [str(token) for token in stored.get("additional_special_tokens") or ()]
+                special = stored.get("additional_special_tokens")
+                whole = list(map(str, special)) if isinstance(special, list) else []
                 return cls.from_vocab_file(vocabulary, lowercase=lowercase, whole_tokens=whole)
             if not serialized.is_file():
                 raise ValueError(f"{path} holds neither {VOCABULARY_FILE} nor {SERIALIZED_FILE}")
             path = serialized
         if path.suffix == ".json":
             tokens, normalizer = _parse_serialized(path)
-            lowercase = normalizer.get("lowercase") if lowercase is None else lowercase
+            if lowercase is None:
+                lowercase = _flag(normalizer, "lowercase", path)
             return cls._checked(tokens, path, lowercase)
         return cls.from_vocab_file(path, lowercase=lowercase)
 
@@ -363,6 +367,10 @@ def _has_capital(token: str) -> bool:
 
 def _read_text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a file; expected a vocabulary file")
+        if path.exists() and path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"{path} is far too large for a vocabulary")
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; expected a vocabulary file") from None
@@ -378,11 +386,18 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected an object")
     return content
+
+
+def _flag(values: dict[str, Any], name: str, path: Path) -> bool | None:
+    value = values.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{path}: {name}={value!r:.80} is neither true nor false")
+    return value
 
 
 def _parse_serialized(path: Path) -> tuple[list[str], dict[str, Any]]:
@@ -392,7 +407,10 @@ def _parse_serialized(path: Path) -> tuple[list[str], dict[str, Any]]:
     must be as BERT has it.
     """
     content = _read_json(path)
-    model, normalizer = content.get("model") or {}, content.get("normalizer") or {}
+    model, normalizer, pre_tokenizer = (
+        content[name] if isinstance(content.get(name), dict) else {}
+        for name in ("model", "normalizer", "pre_tokenizer")
+    )
     expected = (
         ("model.type", model.get("type"), "WordPiece"),
         ("model.unk_token", model.get("unk_token"), "[UNK]"),
@@ -401,22 +419,23 @@ def _parse_serialized(path: Path) -> tuple[list[str], dict[str, Any]]:
         ("normalizer.clean_text", normalizer.get("clean_text"), True),
         ("normalizer.handle_chinese_chars", normalizer.get("handle_chinese_chars"), True),
         ("normalizer.strip_accents", normalizer.get("strip_accents"), None),
-        (
-            "pre_tokenizer.type",
-            (content.get("pre_tokenizer") or {}).get("type"),
-            "BertPreTokenizer",
-        ),
+        ("pre_tokenizer.type", pre_tokenizer.get("type"), "BertPreTokenizer"),
     )
     for key, value, wanted in expected:
         if value != wanted:
-            raise ValueError(f"{path}: {key} is {value!r}; a BERT tokenizer has {wanted!r}")
-    ids: dict[str, int] = dict(model["vocab"])
-    added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+            raise ValueError(f"{path}: {key} is {value!r:.80}; a BERT tokenizer has {wanted!r}")
+    ids = model.get("vocab")
+    if not isinstance(ids, dict) or not all(type(index) is int for index in ids.values()):
+        raise ValueError(f"{path}: model.vocab does not map tokens to ids")
+    try:
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+    except (TypeError, KeyError):
+        raise ValueError(f"{path}: added_tokens is no list of tokens with ids") from None
     unknown = [token for token, index in added.items() if ids.get(token) != index]
     if unknown:
         raise ValueError(
-            f"{path} adds tokens that are not in its vocabulary: {', '.join(unknown[:5])}; write "
-            "the complete vocabulary to a vocab.txt, one token a line, and use that"
+            f"{path} adds tokens that are not in its vocabulary: {', '.join(unknown[:5]):.200}; "
+            "write the complete vocabulary to a vocab.txt, one token a line, and use that"
         )
     tokens = sorted(ids, key=ids.__getitem__)
     if [ids[token] for token in tokens] != list(range(len(tokens))):

@@ -12,6 +12,7 @@ from typing import Any
 from tpcore.checkpoint.archive import Archive
 from tpcore.checkpoint.errors import CheckpointError, shown
 from tpcore.checkpoint.fields import Fields
+from tpcore.checkpoint.plain_yaml import parse_yaml
 
 MODEL_CONFIG = "model_config.yaml"
 VERSION_FILE = "megatron_checkpoint_version.json"
@@ -20,7 +21,6 @@ VOCABULARY_DICT = "tokenizer_vocab_dict.json"
 OWN_FACTS = "tpcore_model.json"
 """Written beside NeMo's files: what none of them can say. NeMo does not look at it."""
 
-_MAX_DEPTH = 32
 # Nodes of model_config.yaml that only the models of one task have.
 _TASK_NODES = {
     "classifier_head": "sequence_classification",
@@ -128,51 +128,6 @@ def args_of(contents: NemoContents, where: str) -> dict[str, Any]:
     if contents.lowercase is not None:
         args["tpcore_lowercase"] = contents.lowercase
     return args
-
-
-def parse_yaml(data: bytes, where: str) -> dict[str, Any]:
-    """The mapping in a YAML file, of plain values only.
-
-    Raises:
-        CheckpointError: it is damaged, holds something else, or no YAML parser is installed.
-    """
-    try:
-        text = data.decode()
-        values = _parse(text, where)
-        _check_depth(values, where)
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever a damaged file makes the parser raise
-        first = (str(error).strip().splitlines() or ["no message"])[0]
-        raise CheckpointError(f"{where}: is not valid YAML ({first})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{where}: holds a {type(values).__name__}, not a mapping")
-    return {str(key): value for key, value in values.items()}
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        import yaml
-    except ImportError:
-        try:
-            return json.loads(text)
-        except ValueError:
-            raise CheckpointError(
-                f"{where}: reading YAML needs the package PyYAML; pip install 'tpcore[finetune]'"
-            ) from None
-    return yaml.safe_load(text)
-
-
-def _check_depth(values: Any, where: str, depth: int = 0, budget: list[int] | None = None) -> None:
-    """Aliases may repeat a node, or put it into itself; nobody walks such a tree unprepared."""
-    budget = [100_000] if budget is None else budget
-    budget[0] -= 1
-    if depth > _MAX_DEPTH or budget[0] < 0:
-        raise CheckpointError(f"{where}: is nested too deep, or repeats itself too often")
-    children = values.values() if isinstance(values, dict) else values
-    if isinstance(values, dict | list):
-        for child in children:
-            _check_depth(child, where, depth + 1, budget)
 
 
 def _task(config: Mapping[str, Any]) -> str | None:

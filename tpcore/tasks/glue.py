@@ -35,7 +35,7 @@ from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch
 from tpcore.tasks.text_classification import TextClassification
 from tpcore.tasks.text_file import read_lines, write_whole
 from tpcore.tasks.text_regression import TextRegression, parse_number
-from tpcore.tasks.texts import TextRecord
+from tpcore.tasks.texts import TextRecord, parse_texts
 from tpcore.tokenizer import WordPieceTokenizer
 
 
@@ -193,6 +193,9 @@ class Glue:
     def from_inputs(self, inputs: Iterable[Any]) -> Dataset:
         """Texts as strings, or pairs of them, as the task has it."""
         return self.inner.from_inputs(inputs)
+
+    def parse_line(self, line: str, where: str) -> Any:
+        return parse_texts(line, where, pairs=len(self.format.texts) > 1)
 
     def collate(
         self, examples: Sequence[Example], device: torch.device | str | None = None

@@ -146,6 +146,14 @@ class Task(Protocol):
         """Unlabelled records that did not come from a file, for predictions."""
         ...
 
+    def parse_line(self, line: str, where: str) -> Any:
+        """One of `inputs` of `from_inputs`, from a line of standard input.
+
+        Raises:
+            DataError: the line is not of the form that this task wants; `where` is its place.
+        """
+        ...
+
     def collate(
         self, examples: Sequence[Example], device: torch.device | str | None = None
     ) -> TaskBatch:

@@ -31,6 +31,7 @@ from tpcore.tasks.texts import (
     collate_texts,
     encode_texts,
     load_texts,
+    parse_texts,
     texts_of_inputs,
 )
 from tpcore.tokenizer import WordPieceTokenizer
@@ -145,6 +146,10 @@ class TextRegression:
             TypeError: an input is neither.
         """
         return self._encode("input", texts_of_inputs(inputs), [])
+
+    def parse_line(self, line: str, where: str) -> Any:
+        has_pairs = self.layout is not None and self.layout.pair is not None
+        return parse_texts(line, where, pairs=has_pairs)
 
     def collate(
         self, examples: Sequence[Example], device: torch.device | str | None = None

@@ -95,6 +95,22 @@ def texts_of_inputs(inputs: Iterable[Any]) -> list[TextRecord]:
     return records
 
 
+def parse_texts(line: str, where: str, *, pairs: bool) -> str | tuple[str, str]:
+    """A text, or two with a tab between them.
+
+    Raises:
+        DataError: `pairs`, and there is not one tab.
+    """
+    if not pairs:
+        return line
+    parts = line.split("\t")
+    if len(parts) != 2:
+        raise DataError(
+            f"{where}: {len(parts) - 1} tabs; expected two texts with a tab between them"
+        )
+    return parts[0], parts[1]
+
+
 def encode_texts(
     source: str,
     records: Sequence[TextRecord],

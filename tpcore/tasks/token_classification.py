@@ -270,6 +270,9 @@ class TokenClassification:
                 )
         return self._encode(SentenceFile("input", "input", raws, "input"), labelled=False)
 
+    def parse_line(self, line: str, where: str) -> Any:
+        return line
+
     def collate(
         self, examples: Sequence[Example], device: torch.device | str | None = None
     ) -> TaskBatch:

@@ -27,9 +27,16 @@ from tpcore.parallel.group import TensorParallelGroup
 from tpcore.tasks import DataError, Dataset, Task, task_class
 from tpcore.tasks.sections import DataConfig
 from tpcore.tokenizer import SHIPPED, WordPieceTokenizer
-from tpcore.train.config import ConfigError, ModelConfig, TrainConfig
+from tpcore.train.config import (
+    CheckpointCallbackConfig,
+    ConfigError,
+    EarlyStoppingConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from tpcore.train.launch import check_num_threads
-from tpcore.train.run_state import check_writable, run_path
+from tpcore.train.precision import precision_of
+from tpcore.train.run_state import choose_run
 from tpcore.train.schedule import Schedule
 
 # Names of Megatron's and NeMo's configurations -> those of BertConfig.
@@ -69,6 +76,8 @@ class Job:
     schedule: Schedule
     monitor: tuple[str, str]
     """Metric that chooses the best checkpoint, as `val_accuracy`, and "max" or "min"."""
+    stopping_monitor: tuple[str, str]
+    """The same for the one that early stopping watches."""
     notes: tuple[str, ...]
     """What a user should hear before the run begins."""
     new_tokens: tuple[tuple[int, ...], ...] = ()
@@ -94,7 +103,7 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
             f"use {_divisors(num_ranks)}, or start a multiple of {tp_size} ranks"
         )
     check_num_threads(config.trainer.num_threads)
-    check_writable(run_path(config.exp_manager))
+    choose_run(config.exp_manager)
     path = checkpoint_path(model)
     overrides = encoder_overrides(model)
     info = None
@@ -164,7 +173,8 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
         tensor_parallel_size=tp_size,
         steps_per_epoch=steps_per_epoch,
         schedule=_schedule(config, steps_per_epoch),
-        monitor=_monitor(config, task),
+        monitor=_monitor(config.exp_manager.checkpoint_callback_params, task),
+        stopping_monitor=_stopping_monitor(config, task),
         notes=tuple(notes),
         new_tokens=new_tokens,
     )
@@ -192,31 +202,25 @@ def build_model(job: Job, tp: TensorParallelGroup, device: torch.device) -> Bert
 
 def _build_model(job: Job, tp: TensorParallelGroup, device: torch.device) -> BertModel:
     head, kwargs = job.task.head_name, job.task.head_kwargs()
+    config = job.config.model
+    options: dict[str, Any] = {
+        "sequence_parallel": config.sequence_parallel,
+        "activation_checkpointing": config.activations_checkpoint_granularity,
+        # Where weights are not float32, the layers' own gradients are.
+        "accumulate_main_grad": precision_of(job.config.trainer.precision).weights != torch.float32,
+    }
     torch.manual_seed(job.config.trainer.seed)
-    if job.checkpoint is not None and not job.has_same_head:
-        return checkpoint.load(
-            job.checkpoint,
-            tp=tp,
-            head=head,
-            head_kwargs=kwargs,
-            vocab_size=job.encoder.vocab_size,
-            device=device,
-            dtype=torch.float32,
-            **job.overrides,
-        )
     if job.checkpoint is None:
-        model = BertModel(job.encoder, tp=tp, device=device, dtype=torch.float32)
+        model = BertModel(job.encoder, tp=tp, device=device, dtype=torch.float32, **options)
     else:
-        # The file's own head is of another task with other labels: leave it there.
+        options |= {"vocab_size": job.encoder.vocab_size, **job.overrides}
+        # A file's own head of this kind is of another task with other labels: leave it there.
+        options |= {"head": None} if job.has_same_head else {"head": head, "head_kwargs": kwargs}
         model = checkpoint.load(
-            job.checkpoint,
-            tp=tp,
-            head=None,
-            vocab_size=job.encoder.vocab_size,
-            device=device,
-            dtype=torch.float32,
-            **job.overrides,
+            job.checkpoint, tp=tp, device=device, dtype=torch.float32, **options
         )
+        if not job.has_same_head:
+            return model
     model.head = build_head(head, model.config, tp=tp, device=device, dtype=torch.float32, **kwargs)
     return model
 
@@ -354,8 +358,15 @@ def _schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-def _monitor(config: TrainConfig, task: Task) -> tuple[str, str]:
-    params = config.exp_manager.checkpoint_callback_params
+def _stopping_monitor(config: TrainConfig, task: Task) -> tuple[str, str]:
+    params = config.exp_manager.early_stopping_callback_params
+    if params.monitor is None:
+        metric, mode = _monitor(config.exp_manager.checkpoint_callback_params, task)
+        return metric, params.mode or mode
+    return _monitor(params, task)
+
+
+def _monitor(params: CheckpointCallbackConfig | EarlyStoppingConfig, task: Task) -> tuple[str, str]:
     metric, mode = task.monitor
     if params.monitor is not None:
         metric = params.monitor.removeprefix("val_")

@@ -101,6 +101,17 @@ def save_config(config: TrainConfig, path: str | Path) -> str:
     return text
 
 
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """The values of all keys, by their dotted names."""
+    values = {}
+    for key, _, _ in _fields(type(config)):
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        values[key] = value
+    return values
+
+
 def _class_for(parts: Sequence[tuple[DictConfig, Callable[[str], str]]]) -> type[TrainConfig]:
     """The configuration of the task that the last of `parts` to name one names.
 
