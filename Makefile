@@ -6,7 +6,7 @@ DEMO   := runs/demo
 GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all sanitize check format bench gpu clean
+.PHONY: help venv demo test test-all sanitize check format bench gpu gpu-quick clean
 
 help:      ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -59,11 +59,11 @@ sanitize: venv   ## the CPU kernels' tests, under AddressSanitizer and Undefined
 bench: venv   ## kernel benchmarks on this machine, into benchmarks/results/
 	$(BIN)/python benchmarks/run.py
 
-gpu:   ## on a CUDA machine, with its own torch (GPU_PYTHON, default python3): tests, then benchmarks
-	$(GPU_PYTHON) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make gpu: torch sees no CUDA device")'
-	$(GPU_PYTHON) setup.py build_ext --inplace
-	OMP_NUM_THREADS=1 $(GPU_PYTHON) -m pytest tests/kernels tests/test_native.py
-	$(GPU_PYTHON) benchmarks/run.py
+gpu:   ## on a GPU, with its own torch (GPU_PYTHON): build, all tests, sanitizers, benchmarks; 9 minutes
+	$(GPU_PYTHON) -m benchmarks.gpu_kit
+
+gpu-quick:   ## a short selection of that, in 3 minutes
+	$(GPU_PYTHON) -m benchmarks.gpu_kit --quick
 
 clean:   ## remove everything that was built or run, .venv included
 	rm -rf .venv build dist runs *.egg-info tpcore/*.so tpcore/_build.json .benchmarks

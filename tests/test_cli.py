@@ -420,7 +420,7 @@ def test_finetune_starts_its_own_ranks(tp_size: int, dp_size: int, folder: Path)
     assert done.stdout.count(mesh) == 1
     assert done.stdout.count("tiny: finished") == 1
     run = folder / "runs/tiny/v"
-    ranks = sorted(path.name for path in (run / "checkpoints").iterdir())
+    ranks = sorted(path.name for path in (run / "checkpoints").glob("mp_rank_*"))
     assert ranks == [f"mp_rank_{rank:02d}" for rank in range(tp_size)]
     assert "lr: 0.0001" in (run / "config.yaml").read_text()
     assert main(["evaluate", str(run)]) == 0

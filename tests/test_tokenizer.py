@@ -365,3 +365,60 @@ def test_shipped_vocabularies(case):
 def test_a_name_without_a_vocabulary():
     with pytest.raises(ValueError, match=r"'gpt2'; shipped: megatron-bert-uncased, .*vocab\.txt"):
         WordPieceTokenizer.from_name("gpt2")
+
+
+def _serialized(**changes):
+    vocabulary = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+    normalizer = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True}
+    valid = {
+        "model": {**model, "vocab": vocabulary},
+        "normalizer": normalizer,
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+    }
+    return {
+        **valid,
+        **{
+            key: {**valid.get(key, {}), **value} if isinstance(value, dict) else value
+            for key, value in changes.items()
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        "[]",
+        json.dumps(_serialized(model=[1])),
+        json.dumps(_serialized(normalizer="x")),
+        json.dumps(_serialized(normalizer={"lowercase": "yes"})),
+        json.dumps(_serialized(pre_tokenizer=[[]])),
+        json.dumps(_serialized(model={"vocab": [1, 2]})),
+        json.dumps(_serialized(model={"vocab": {"a": "b"}})),
+        json.dumps(_serialized(model={"vocab": {"a": [1]}})),
+        json.dumps(_serialized(model={"vocab": None})),
+        json.dumps(_serialized(added_tokens=[1])),
+        json.dumps(_serialized(added_tokens=3)),
+        json.dumps(_serialized(added_tokens=[{"content": ["x"], "id": 1}])),
+        json.dumps(_serialized(added_tokens=[{"content": "x", "id": {}}])),
+    ],
+    ids=lambda content: content[-60:],
+)
+def test_serialized_files_that_are_none(tmp_path, content):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
+        WordPieceTokenizer.from_file(tmp_path)
+
+
+def test_the_serialized_file_to_be_spoilt_is_valid(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(_serialized()))
+    assert WordPieceTokenizer.from_file(tmp_path).vocabulary == SPECIAL_TOKENS
+
+
+def test_vocabularies_of_any_size_are_not_read(tmp_path):
+    with (tmp_path / "vocab.txt").open("wb") as file:
+        file.truncate(2**32)
+    with pytest.raises(ValueError, match=r"vocab\.txt is far too large"):
+        WordPieceTokenizer.from_file(tmp_path)

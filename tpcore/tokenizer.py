@@ -23,6 +23,8 @@ SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 VOCABULARY_FILE = "vocab.txt"
 CONFIG_FILE = "tokenizer_config.json"
 SERIALIZED_FILE = "tokenizer.json"
+_MAX_BYTES = 64 * 2**20
+"""Of a vocabulary file; those of BERT have 0.2 MiB."""
 SHIPPED_FOLDER = "vocabularies"
 SHIPPED = {
     f"{name}-{case}": f"bert-base-{case}"
@@ -60,17 +62,26 @@ class WordPieceTokenizer:
 
     Args:
         vocabulary: the tokens; a token's id is its index.
+        whole_tokens: those of them that are found in a text as they are written, before it is
+            cleaned, lower-cased or split: markers such as `@GENE$`.
         lowercase: lower-case and strip accents before the lookup. None: decided by the
             vocabulary, true unless one of its tokens (special ones aside) has a capital letter.
 
     Raises:
-        ValueError: the vocabulary is empty, holds a token twice, or lacks a special token.
+        ValueError: the vocabulary is empty, holds a token twice, or lacks a special token or one of
+            `whole_tokens`.
 
     Warns:
         UserWarning: `lowercase` contradicts the vocabulary.
     """
 
-    def __init__(self, vocabulary: Sequence[str], *, lowercase: bool | None = None) -> None:
+    def __init__(
+        self,
+        vocabulary: Sequence[str],
+        *,
+        lowercase: bool | None = None,
+        whole_tokens: Sequence[str] = (),
+    ) -> None:
         # Here and not above: checkpoints are read without the extra that brings it.
         import tokenizers
         from tokenizers import normalizers, pre_tokenizers, processors
@@ -78,7 +89,12 @@ class WordPieceTokenizer:
 
         self.vocabulary = tuple(vocabulary)
         ids = _ids_of(self.vocabulary)
-        is_uncased = not any(map(_has_capital, self.vocabulary))
+        self.whole_tokens = tuple(whole_tokens)
+        for token in self.whole_tokens:
+            if token not in ids:
+                raise ValueError(f"whole token {token!r} is not in the vocabulary; add it there")
+        words = set(self.vocabulary) - set(self.whole_tokens)
+        is_uncased = not any(map(_has_capital, words))
         if lowercase is not None and lowercase != is_uncased:
             has, wrong = (
                 ("no token", "every word with a capital letter becomes [UNK]")
@@ -102,13 +118,37 @@ class WordPieceTokenizer:
             pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
             special_tokens=[("[CLS]", self.cls_id), ("[SEP]", self.sep_id)],
         )
-        self._tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+        self._tokenizer.add_special_tokens([*SPECIAL_TOKENS, *self.whole_tokens])
+
+    def with_whole_tokens(self, tokens: Sequence[str]) -> WordPieceTokenizer:
+        """The same tokenizer, which takes `tokens` whole; new ones get the next ids.
+
+        Raises:
+            ValueError: one is empty or has blanks at its ends.
+        """
+        for token in tokens:
+            if not token or token != token.strip():
+                raise ValueError(
+                    f"{token!r} cannot be a token; expected a text without outer blanks"
+                )
+        new = [token for token in dict.fromkeys(tokens) if token not in set(self.vocabulary)]
+        return WordPieceTokenizer(
+            (*self.vocabulary, *new),
+            lowercase=self.lowercase,
+            whole_tokens=tuple(dict.fromkeys((*self.whole_tokens, *tokens))),
+        )
 
     @classmethod
     def from_vocab_file(
-        cls, path: str | os.PathLike[str], *, lowercase: bool | None = None
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        lowercase: bool | None = None,
+        whole_tokens: Sequence[str] = (),
     ) -> WordPieceTokenizer:
         """Read a BERT vocabulary: UTF-8, one token a line, in the order of the ids.
+
+        `whole_tokens` that it does not hold are left out.
 
         Raises:
             ValueError: the file is missing or is not such a vocabulary.
@@ -124,7 +164,9 @@ class WordPieceTokenizer:
                 f"{path}: line {lines.index('') + 1} is empty; a vocabulary has one token a line, "
                 "and removing a line would shift the ids of all that follow"
             )
-        return cls._checked(lines, path, lowercase)
+        known = set(lines)
+        whole = [token for token in whole_tokens if token in known]
+        return cls._checked(lines, path, lowercase, whole)
 
     @classmethod
     def from_name(cls, name: str, *, lowercase: bool | None = None) -> WordPieceTokenizer:
@@ -148,7 +190,8 @@ class WordPieceTokenizer:
         """Read what `save` or transformers wrote: a folder, a tokenizer.json or a vocab.txt.
 
         In a folder, vocab.txt is taken before tokenizer.json, and `do_lower_case` of
-        tokenizer_config.json is heeded unless `lowercase` is given.
+        tokenizer_config.json is heeded unless `lowercase` is given, and its
+        `additional_special_tokens` are taken whole.
 
         Raises:
             ValueError: nothing readable is there, or it is not a BERT WordPiece tokenizer.
@@ -157,25 +200,33 @@ class WordPieceTokenizer:
         if path.is_dir():
             vocabulary, serialized = path / VOCABULARY_FILE, path / SERIALIZED_FILE
             config = path / CONFIG_FILE
-            if lowercase is None and config.is_file():
-                lowercase = _read_json(config).get("do_lower_case")
+            stored = _read_json(config) if config.is_file() else {}
+            if lowercase is None:
+                lowercase = _flag(stored, "do_lower_case", config)
             if vocabulary.is_file():
-                return cls.from_vocab_file(vocabulary, lowercase=lowercase)
+                special = stored.get("additional_special_tokens")
+                whole = list(map(str, special)) if isinstance(special, list) else []
+                return cls.from_vocab_file(vocabulary, lowercase=lowercase, whole_tokens=whole)
             if not serialized.is_file():
                 raise ValueError(f"{path} holds neither {VOCABULARY_FILE} nor {SERIALIZED_FILE}")
             path = serialized
         if path.suffix == ".json":
             tokens, normalizer = _parse_serialized(path)
-            lowercase = normalizer.get("lowercase") if lowercase is None else lowercase
+            if lowercase is None:
+                lowercase = _flag(normalizer, "lowercase", path)
             return cls._checked(tokens, path, lowercase)
         return cls.from_vocab_file(path, lowercase=lowercase)
 
     @classmethod
     def _checked(
-        cls, tokens: Sequence[str], path: str | os.PathLike[str], lowercase: bool | None
+        cls,
+        tokens: Sequence[str],
+        path: str | os.PathLike[str],
+        lowercase: bool | None,
+        whole_tokens: Sequence[str] = (),
     ) -> WordPieceTokenizer:
         try:
-            return cls(tokens, lowercase=lowercase)
+            return cls(tokens, lowercase=lowercase, whole_tokens=whole_tokens)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -269,7 +320,12 @@ class WordPieceTokenizer:
         """Write vocab.txt and tokenizer_config.json, which `from_file` and transformers read."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {"do_lower_case": self.lowercase, "tokenizer_class": "BertTokenizer"}
+        config: dict[str, Any] = {
+            "do_lower_case": self.lowercase,
+            "tokenizer_class": "BertTokenizer",
+        }
+        if self.whole_tokens:
+            config["additional_special_tokens"] = list(self.whole_tokens)
         for name, content in (
             (VOCABULARY_FILE, "".join(f"{token}\n" for token in self.vocabulary)),
             (CONFIG_FILE, json.dumps(config, indent=2) + "\n"),
@@ -311,6 +367,10 @@ def _has_capital(token: str) -> bool:
 
 def _read_text(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a file; expected a vocabulary file")
+        if path.exists() and path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"{path} is far too large for a vocabulary")
         return path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; expected a vocabulary file") from None
@@ -326,11 +386,18 @@ def _read_text(path: Path) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected an object")
     return content
+
+
+def _flag(values: dict[str, Any], name: str, path: Path) -> bool | None:
+    value = values.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{path}: {name}={value!r:.80} is neither true nor false")
+    return value
 
 
 def _parse_serialized(path: Path) -> tuple[list[str], dict[str, Any]]:
@@ -340,7 +407,10 @@ def _parse_serialized(path: Path) -> tuple[list[str], dict[str, Any]]:
     must be as BERT has it.
     """
     content = _read_json(path)
-    model, normalizer = content.get("model") or {}, content.get("normalizer") or {}
+    model, normalizer, pre_tokenizer = (
+        content[name] if isinstance(content.get(name), dict) else {}
+        for name in ("model", "normalizer", "pre_tokenizer")
+    )
     expected = (
         ("model.type", model.get("type"), "WordPiece"),
         ("model.unk_token", model.get("unk_token"), "[UNK]"),
@@ -349,22 +419,23 @@ def _parse_serialized(path: Path) -> tuple[list[str], dict[str, Any]]:
         ("normalizer.clean_text", normalizer.get("clean_text"), True),
         ("normalizer.handle_chinese_chars", normalizer.get("handle_chinese_chars"), True),
         ("normalizer.strip_accents", normalizer.get("strip_accents"), None),
-        (
-            "pre_tokenizer.type",
-            (content.get("pre_tokenizer") or {}).get("type"),
-            "BertPreTokenizer",
-        ),
+        ("pre_tokenizer.type", pre_tokenizer.get("type"), "BertPreTokenizer"),
     )
     for key, value, wanted in expected:
         if value != wanted:
-            raise ValueError(f"{path}: {key} is {value!r}; a BERT tokenizer has {wanted!r}")
-    ids: dict[str, int] = dict(model["vocab"])
-    added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+            raise ValueError(f"{path}: {key} is {value!r:.80}; a BERT tokenizer has {wanted!r}")
+    ids = model.get("vocab")
+    if not isinstance(ids, dict) or not all(type(index) is int for index in ids.values()):
+        raise ValueError(f"{path}: model.vocab does not map tokens to ids")
+    try:
+        added = {token["content"]: token["id"] for token in content.get("added_tokens") or ()}
+    except (TypeError, KeyError):
+        raise ValueError(f"{path}: added_tokens is no list of tokens with ids") from None
     unknown = [token for token, index in added.items() if ids.get(token) != index]
     if unknown:
         raise ValueError(
-            f"{path} adds tokens that are not in its vocabulary: {', '.join(unknown[:5])}; write "
-            "the complete vocabulary to a vocab.txt, one token a line, and use that"
+            f"{path} adds tokens that are not in its vocabulary: {', '.join(unknown[:5]):.200}; "
+            "write the complete vocabulary to a vocab.txt, one token a line, and use that"
         )
     tokens = sorted(ids, key=ids.__getitem__)
     if [ids[token] for token in tokens] != list(range(len(tokens))):

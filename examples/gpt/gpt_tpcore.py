@@ -14,9 +14,9 @@ from tpcore.layers import (
     PackedSequences,
     TransformerBlock,
     VocabParallelEmbedding,
+    column_parallel_linear,
     vocab_parallel_cross_entropy,
 )
-from tpcore.layers.linear_function import column_parallel_linear
 from tpcore.parallel import (
     DropoutContext,
     Site,
@@ -66,9 +66,12 @@ class GPT(nn.Module):
             seed: of the dropout of this step; the same on every rank.
         """
         b, s = tokens.shape
-        sequences = PackedSequences.from_lengths([s] * b)
-        row_ids = make_row_ids(sample_ids[:, None], torch.arange(s)).reshape(-1)
-        dropout = DropoutContext(torch.tensor([seed]), row_ids) if self.training else None
+        device = tokens.device
+        sequences = PackedSequences.from_lengths([s] * b, device)
+        positions = torch.arange(s, device=device)
+        row_ids = make_row_ids(sample_ids[:, None], positions).reshape(-1)
+        seeds = torch.tensor([seed], device=device)
+        dropout = DropoutContext(seeds, row_ids) if self.training else None
         x = self.word_embeddings(tokens) + self.position_embeddings[:s]
         x = x.view(b * s, -1)
         if dropout is not None and self.config.dropout > 0:

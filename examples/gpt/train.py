@@ -75,10 +75,11 @@ def train(
 ) -> list[float]:
     """The loss of every step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    device = next(model.parameters()).device
     losses = []
     for number, batch in zip(range(steps), batches(config, batch_size, seed), strict=False):
         optimizer.zero_grad()
-        loss = step(*batch, number)
+        loss = step(*(tensor.to(device) for tensor in batch), number)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -111,6 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parallel_state.initialize_model_parallel(size)
         tp = parallel_state.tensor_parallel_group()
         model, step = build_megatron(config, options.seed)
+
+    if torch.cuda.is_available():
+        model.cuda()
 
     def report(number: int, loss: float) -> None:
         if tp.rank == 0 and (number % 20 == 0 or number == options.steps - 1):

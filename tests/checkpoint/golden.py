@@ -13,7 +13,7 @@ COMMITTED = REPOSITORY / "tests" / "golden"
 SHARED = REPOSITORY.parent / "shared" / "fixtures"
 
 # Recorded in containers that this version does not read.
-_OTHER_CONTAINERS = ("mcore0.12.0_dist_tp2", "mcore0.16.1_dist_tp2", "nemo_tp2_v3")
+_OTHER_CONTAINERS = ("nemo_tp2_v3",)
 
 
 @dataclass(frozen=True)

@@ -269,6 +269,8 @@ CONFIGS = {
     "deeply nested lists": b"[" * 1_000_000,
     "an integer of 5,000 digits": b'{"hidden_size": ' + b"9" * 5000 + b"}",
     "an integer of 1,000,000 digits": b'{"hidden_size": ' + b"9" * 1_000_000 + b"}",
+    "many small lists": b'{"a": [' + b"[]," * 2**20 + b"1]}",
+    "many small objects": b'{"a": [' + b"{}," * 2**20 + b"1]}",
     "two values": b"{} {}",
     "no end": b'{"model_type": "megatron-bert"',
 }
@@ -398,3 +400,13 @@ def test_shards_of_very_different_sizes(hostile, tmp_path):
             content["model"]["lm_head"]["bias"] = torch.ones(10**6)
 
     hostile.refuses(write_megatron(tmp_path / "x", random_model(layers=1), tp=2, edit=edit))
+
+
+def test_what_inspect_prints_steers_no_terminal(tmp_path, huggingface_folder):
+    config = json.loads(huggingface_folder["config.json"])
+    config["architectures"] = ["\x1b[2J\nMegatronBertForPreTraining"]
+    files = {**huggingface_folder, "config.json": json.dumps(config).encode()}
+    text = str(checkpoint.inspect(_write_folder(tmp_path / "x", files)))
+    assert r"\x1b[2J\nMegatronBertForPreTraining" in text
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert "gelu                          erf" in text

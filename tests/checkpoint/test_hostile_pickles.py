@@ -159,6 +159,7 @@ BROKEN = {
     "bytes of 2**62": b"\x8e" + struct.pack("<Q", 2**62),
     "an integer of 2**31 bytes": b"\x8b\xff\xff\xff\x7f",
     "a memo that was never set": b"j\xff\xff\xff\xff",
+    "a memo of 2**32 entries": b"Nr\xff\xff\xff\xff",
     "no mark": b"t",
     "an empty stack": b"RRRRR",
     "a mark as a value": b"(a",

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.helpers.ranks import run_ranks
-from tpcore.checkpoint import CheckpointError, load_sharded, save_sharded
+from tpcore.checkpoint import CheckpointError, load_sharded, save_sharded, sharded
 from tpcore.layers import ColumnParallelLinear, LayerNorm, RowParallelLinear, VocabParallelEmbedding
 from tpcore.models.bert import BertModel
 from tpcore.models.config import BertConfig
@@ -119,6 +119,27 @@ def _check_ranks_write_their_own(tp, folder):
 
 def test_each_tensor_is_written_once(tmp_path):
     run_ranks(_check_ranks_write_their_own, 2, tmp_path / "x")
+
+
+def _check_reads(tp, folder):
+    opened, safe_open = [], sharded.safe_open
+    sharded.safe_open = lambda path, **kw: (
+        opened.append(int(path.name[6:8])) or safe_open(path, **kw)
+    )
+    try:
+        load_sharded(_tower(tp, seed=6), folder, tp=tp)
+    finally:
+        sharded.safe_open = safe_open
+    # Replicated tensors are in the first file; blocks of q, k and v lie where the rank's others do.
+    own = {2 * tp.rank, 2 * tp.rank + 1} if tp.size == 2 else {tp.rank}
+    return sorted(opened), sorted(own | {0})
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_rank_opens_only_the_files_that_it_needs(tmp_path, size):
+    run_ranks(_check_save, 4, tmp_path / "x")
+    for opened, needed in run_ranks(_check_reads, size, tmp_path / "x"):
+        assert opened == needed
 
 
 VOCABULARY = 1100  # padded to 1152, 1280 and 1536 at sizes 1, 2 and 4
@@ -282,16 +303,14 @@ def test_only_its_own_kind_is_overwritten(saved, tmp_path):
 
 
 def _check_failing_rank(tp, folder):
-    tower = _tower(tp)
+    tower, save_file = _tower(tp), sharded.save_file
     if tp.rank == 1:
-        import tpcore.checkpoint.sharded as sharded
-
         sharded.save_file = _full_disk
-    with pytest.raises(CheckpointError, match=r"cannot be written|another rank"):
-        save_sharded(tower, folder, tp=tp)
-    if tp.rank == 1:
-        from safetensors.torch import save_file
-
+    message = "No space left" if tp.rank == 1 else "another rank could not write its part"
+    try:
+        with pytest.raises(CheckpointError, match=message):
+            save_sharded(tower, folder, tp=tp, overwrite=folder.exists())
+    finally:
         sharded.save_file = save_file
 
 
@@ -299,9 +318,15 @@ def _full_disk(*_):
     raise OSError(28, "No space left on device")
 
 
-def test_a_rank_that_cannot_write_leaves_nothing(tmp_path):
+def test_a_rank_that_cannot_write_leaves_things_as_they_were(tmp_path):
     run_ranks(_check_failing_rank, 2, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+    save_sharded(_tower(SINGLE, seed=7), tmp_path / "x")
+    run_ranks(_check_failing_rank, 2, tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    tower = _tower(SINGLE)
+    load_sharded(tower, tmp_path / "x")
+    _same_bits(tower, _tower(SINGLE, seed=7))
 
 
 def test_what_is_no_tensor_is_refused(tmp_path):

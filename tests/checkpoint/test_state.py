@@ -14,7 +14,6 @@ from tpcore.checkpoint.state import (
     HEADS,
     CanonicalState,
     Source,
-    StoredTensor,
     check_complete,
     check_tensor_parallel_size,
     check_vocabulary,
@@ -22,8 +21,13 @@ from tpcore.checkpoint.state import (
     resize_vocabulary,
     sizes_from_shapes,
 )
+from tpcore.checkpoint.stored import StoredTensor
 from tpcore.models import heads
 from tpcore.models.config import BertConfig
+
+
+def _stored(tensor):
+    return StoredTensor(tuple(tensor.shape), tensor.dtype, partial(lambda t: t, tensor))
 
 
 def _state(tensors, **changes):
@@ -35,10 +39,7 @@ def _state(tensors, **changes):
         intermediate_size=tiny.FEED_FORWARD,
         max_position_embeddings=tiny.POSITIONS,
     )
-    stored = {
-        name: StoredTensor(tuple(t.shape), t.dtype, partial(lambda t: t, t))
-        for name, t in tensors.items()
-    }
+    stored = {name: _stored(t) for name, t in tensors.items()}
     return CanonicalState(
         config=config.replace(**changes),
         head="pretraining",
@@ -168,11 +169,11 @@ def test_a_copy_that_differs_is_an_error_until_the_head_is_dropped():
     model = tiny.random_model()
     name = "embeddings.word_embeddings.weight"
     other = model[name] + 1
-    state = dataclasses.replace(_state(model), copies={name: lambda: other})
+    state = dataclasses.replace(_state(model), copies={name: _stored(other)})
     with pytest.raises(CheckpointError, match="not tied"):
         state.full(name)
     assert torch.equal(state.without_head().full(name), model[name])
-    equal = dataclasses.replace(state, copies={name: lambda: model[name].clone()})
+    equal = dataclasses.replace(state, copies={name: _stored(model[name].clone())})
     assert torch.equal(equal.full(name), model[name])
 
 

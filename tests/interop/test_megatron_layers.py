@@ -176,6 +176,10 @@ def test_vocab_parallel_embedding(size, scatters):
     run_megatron(_check_embedding, size, scatters)
 
 
+def _refuse(full):
+    raise RuntimeError("was drawn")
+
+
 def _check_results(tp):
     x = _x(5, 8).float()
     column = tensor_parallel.ColumnParallelLinear
@@ -200,6 +204,9 @@ def _check_results(tp):
     assert output.shape == (5, 12)
     assert torch.equal(bias, torch.zeros(12))
     assert tensor_parallel.RowParallelLinear(8, 12, bias=False)(x)[1] is None
+    with pytest.raises(RuntimeError, match="was drawn"):
+        column(8, 12, init_method=_refuse)
+    column(8, 12, init_method=_refuse, perform_initialization=False)
     # A group that is passed counts instead of the process's own.
     group = parallel_state.get_data_parallel_group()
     assert column(8, 12, bias=False, tp_group=group).weight.shape == (12 // (4 // tp.size), 8)

@@ -11,7 +11,6 @@ Nothing about speed, memory, streams or the hardware's own rules can be learned 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 from pathlib import Path
 
@@ -36,13 +35,14 @@ def refusal() -> str:
 
 def build() -> Path:
     """The folder with the device and a `_C_cuda.abi3.so` for it; built unless it was before."""
-    target = re.search(r'^TORCH_TARGET = "(\w+)"', (ROOT / "setup.py").read_text(), re.M).group(1)
+    from setup import TORCH_TARGET
+
     CACHE.mkdir(parents=True, exist_ok=True)
     include = f"-I{ROOT / 'csrc/include'}"
     headers = headers_of(KERNELS, EMULATION, ROOT / "csrc/include", ROOT / "csrc/torch")
     headers += torch.__version__
     bindings = ["-std=c++17", "-O0", "-fPIC", "-Wall", include, "-DUSE_CUDA", *_INCLUDE]
-    bindings += [f"-DTORCH_TARGET_VERSION={target}"]
+    bindings += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     device = ["-std=c++20", "-O0", "-fPIC", "-w", *_INCLUDE]
     kernels = [*sorted(KERNELS.glob("*.cu")), EMULATION / "emulation.cpp"]
     objects = [compile_object(source, [*_EMULATED, include], headers) for source in kernels]

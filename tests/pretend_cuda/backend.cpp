@@ -211,7 +211,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
 // As on a GPU: tensors of an op share a device, but for scalars and indices on the CPU.
 void check_devices(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
   const std::string& name = op.schema().name();
-  const bool indexes = name.find("index") != std::string::npos;
+  const bool indexes = name == "aten::index" || name == "aten::_unsafe_index" ||
+                       name == "aten::index_put" || name == "aten::index_put_" ||
+                       name == "aten::_index_put_impl_";
   const auto check = [&](const Tensor& tensor, const char* argument) {
     if (!tensor.defined() || tensor.is_cuda() || tensor.dim() == 0) return;
     if (indexes && (tensor.scalar_type() == at::kLong || tensor.scalar_type() == at::kBool)) return;

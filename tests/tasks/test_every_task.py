@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 
@@ -13,13 +14,12 @@ from tests.train import tiny
 from tpcore import load_run
 from tpcore.cli import main
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
-from tpcore.tasks import task_class
 from tpcore.train.finetune import finetune
 from tpcore.train.launch import on_all_ranks
 from tpcore.train.logging import RunLog
 from tpcore.train.prepare import build_model, prepare
 from tpcore.train.read_config import load_config
-from tpcore.train.run_state import run_path
+from tpcore.train.run_state import RunChoice, run_path
 from tpcore.train.trainer import Trainer
 
 TASKS = list(tiny_data.WRITERS)
@@ -29,10 +29,10 @@ TASKS = list(tiny_data.WRITERS)
 def test_from_files_to_predictions(task, tmp_path):
     config = load_config(None, tiny_data.overrides(task, tmp_path, trainer__max_epochs=1))
     result = finetune(config)
-    monitored = f"val_{task_class(task).monitor.metric}"
-    assert monitored in result.best
     assert all(math.isfinite(value) for value in result.last.values())
     run = load_run(result.path)
+    monitored = f"val_{run.task.monitor.metric}"
+    assert monitored in result.best
     dataset = run.load()
     evaluation = run.evaluate_dataset(dataset)
     assert evaluation.metrics[monitored.removeprefix("val_")] == pytest.approx(
@@ -49,11 +49,45 @@ def test_from_files_to_predictions(task, tmp_path):
     assert isinstance(run.task.report(dataset, evaluation.predictions), str)
 
 
+LINES = {
+    "question_answering": ['{"question": "the book", "context": "the good day", "id": "x"}'],
+    "glue": ["the day was good\tgood", "the day\tbad"],
+    "text_regression": ["the good day\tgood", "the day\tbad"],
+}
+"""What `predict` reads from standard input; other tasks: texts."""
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_predict_from_standard_input_and_from_python(task, tmp_path, capsys, monkeypatch):
+    config = load_config(None, tiny_data.overrides(task, tmp_path, trainer__max_steps=1))
+    path = str(finetune(config).path)
+    lines = LINES.get(task, ["the good day << a >> was [[ b ]]", "bad food"])
+    stdin = io.TextIOWrapper(io.BytesIO("".join(f"{line}\n" for line in lines).encode()))
+    monkeypatch.setattr("sys.stdin", stdin)
+    capsys.readouterr()
+    assert main(["predict", path]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    run = load_run(path)
+    inputs = [run.task.parse_line(line, "here") for line in lines]
+    assert printed == json.loads(json.dumps(run.predict(inputs)))
+    assert len(printed) == len(lines)
+    source = config.model.source("validation_ds")
+    assert main(["predict", path, source, "--output", str(tmp_path / "out.jsonl")]) == 0
+    assert capsys.readouterr().out == ""
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(written) == len(run.task.load(source).records)
+    if task in LINES:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a text\n")))
+        assert main(["predict", path]) == 2
+        assert "standard input, line 1" in capsys.readouterr().err
+
+
 def _metrics(tp: TensorParallelGroup, dp: DataParallelGroup, config) -> dict[str, float]:
     job = on_all_ranks(lambda: prepare(config, tp.size * dp.size), tp, dp)
     model = on_all_ranks(lambda: build_model(job, tp, "cpu"), tp, dp)
     log = RunLog(enabled=False)
-    trainer = Trainer(job, model, tp=tp, dp=dp, run_path=run_path(config.exp_manager), log=log)
+    run = RunChoice(run_path(config.exp_manager), resumes=False)
+    trainer = Trainer(job, model, tp=tp, dp=dp, run=run, log=log)
     return trainer.fit().last
 
 

@@ -66,7 +66,75 @@ def write_question_answering(folder: Path) -> dict[str, Any]:
     }
 
 
+def write_relation_extraction(folder: Path) -> dict[str, Any]:
+    """The word between the entities is the relation."""
+    for name, count, seed in (("train", 24, 0), ("validation", 13, 1)):
+        draw = random.Random(seed)
+        lines = []
+        for number in range(count):
+            label = ("likes", "hates", "none")[number % 3]
+            between = draw.choice({"likes": tiny.GOOD, "hates": tiny.BAD}.get(label, OTHERS))
+            before = " ".join(draw.choice(OTHERS) for _ in range(draw.randint(1, 6)))
+            text = f"{before} << {draw.choice(OTHERS)} >> {between} [[ {draw.choice(OTHERS)} ]] ."
+            lines.append(json.dumps({"text": text, "label": label}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return {
+        "model__train_ds__file_path": folder / "train.jsonl",
+        "model__validation_ds__file_path": folder / "validation.jsonl",
+        "model__dataset__add_markers": True,
+    }
+
+
+def write_text_classification(folder: Path) -> dict[str, Any]:
+    """Good or bad, decided by one word."""
+    tiny.write_data(folder / "train.tsv", 24)
+    tiny.write_data(folder / "validation.tsv", 13, seed=1)
+    return {"model__dataset__class_balancing": "weighted_loss"}
+
+
+def write_text_regression(folder: Path) -> dict[str, Any]:
+    """How many of the words are good."""
+    for name, count, seed in (("train", 24, 0), ("validation", 13, 1)):
+        draw = random.Random(seed)
+        lines = ["score,sentence1,sentence2"]
+        for _ in range(count):
+            words = [draw.choice(NAMES if draw.random() < 0.4 else OTHERS) for _ in range(8)]
+            score = sum(word in NAMES for word in words) / 2
+            lines.append(f'{score},"{" ".join(words[:5])}, a",{" ".join(words[5:])}')
+        (folder / f"{name}.csv").write_text("\n".join(lines))
+    return {
+        "model__train_ds__file_path": folder / "train.csv",
+        "model__validation_ds__file_path": folder / "validation.csv",
+        "model__dataset__label_column": "score",
+    }
+
+
+def write_glue(folder: Path) -> dict[str, Any]:
+    """RTE: entailment where the good words are the same."""
+    for name, count, seed in (("train", 24, 0), ("dev", 13, 1)):
+        draw = random.Random(seed)
+        lines = ["index\tsentence1\tsentence2\tlabel"]
+        for number in range(count):
+            good = draw.choice(NAMES)
+            label = "entailment" if number % 2 else "not_entailment"
+            other = good if number % 2 else draw.choice(tiny.BAD)
+            lines.append(f"{number}\t{draw.choice(OTHERS)} {good}\t{other}\t{label}")
+        (folder / f"{name}.tsv").write_text("\n".join(lines))
+    return {
+        "model__task_name": "rte",
+        "model__dataset__data_dir": folder,
+        "model__train_ds__ds_item": "train.tsv",
+        "model__validation_ds__ds_item": "dev.tsv",
+        "model__train_ds__file_path": None,
+        "model__validation_ds__file_path": None,
+    }
+
+
 WRITERS = {
+    "text_classification": write_text_classification,
+    "text_regression": write_text_regression,
+    "glue": write_glue,
+    "relation_extraction": write_relation_extraction,
     "token_classification": write_token_classification,
     "question_answering": write_question_answering,
 }

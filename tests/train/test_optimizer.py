@@ -8,17 +8,10 @@ from torch import Tensor, nn
 
 from tests.helpers.ranks import run_mesh, run_ranks
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
-from tpcore.parallel.sharding import Sharded, Sharding, shard
+from tpcore.parallel.sharding import Sharded, Sharding, shard, sharding_table
 from tpcore.train.config import OptimConfig
-from tpcore.train.optimizer import (
-    BUCKET_BYTES,
-    build_optimizer,
-    clip_gradients,
-    gradient_norm,
-    parameter_groups,
-    set_learning_rate,
-    sum_gradients,
-)
+from tpcore.train.gradients import BUCKET_BYTES, clip_gradients, gradient_norm, sum_gradients
+from tpcore.train.optimizer import build_optimizer, parameter_groups, set_learning_rate
 
 TABLE: dict[str, Sharding] = {"rows": Sharded(0), "columns": Sharded(1), "row_bias": Sharded(0)}
 
@@ -48,6 +41,10 @@ def _full_tensors(seed: int) -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
+def _norm(module: nn.Module, tp: TensorParallelGroup) -> Tensor:
+    return gradient_norm(dict(module.named_parameters()), sharding_table(module), tp)[0]
+
+
 def _check_norm_and_clip(tp: TensorParallelGroup) -> None:
     module = _Module(tp)
     gradients = _full_tensors(seed=1)
@@ -55,18 +52,18 @@ def _check_norm_and_clip(tp: TensorParallelGroup) -> None:
         parameter.grad = module.part(name, gradients[name])
     expected = torch.cat([g.double().reshape(-1) for g in gradients.values()]).norm().item()
 
-    norm = gradient_norm(module, tp)
+    norm = _norm(module, tp)
     assert norm.shape == ()
     assert norm.item() == pytest.approx(expected, rel=1e-6)
 
     clip_gradients(module.parameters(), norm, max_norm=0.5)
-    assert gradient_norm(module, tp).item() == pytest.approx(0.5, rel=1e-5)
+    assert _norm(module, tp).item() == pytest.approx(0.5, rel=1e-5)
     factor = 0.5 / (expected + 1e-6)
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(parameter.grad, module.part(name, gradients[name]) * factor)
 
     clip_gradients(module.parameters(), torch.tensor(0.1), max_norm=0.5)  # small: left alone
-    assert gradient_norm(module, tp).item() == pytest.approx(0.5, rel=1e-5)
+    assert _norm(module, tp).item() == pytest.approx(0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -76,9 +73,9 @@ def test_norm_counts_replicated_parameters_once(size: int) -> None:
 
 def test_norm_of_missing_and_zero_gradients() -> None:
     module = _Module(TensorParallelGroup.single())
-    assert gradient_norm(module, module.tp).item() == 0.0
+    assert _norm(module, module.tp).item() == 0.0
     module.norm.grad = torch.zeros(4)
-    clip_gradients(module.parameters(), gradient_norm(module, module.tp), max_norm=1.0)
+    clip_gradients(module.parameters(), _norm(module, module.tp), max_norm=1.0)
     assert module.norm.grad.tolist() == [0.0] * 4
 
 
@@ -108,7 +105,8 @@ def test_gradients_are_summed_over_data_parallel_ranks(tp_size: int, dp_size: in
 def test_norms_and_biases_do_not_decay() -> None:
     module = _Module(TensorParallelGroup.single())
     module.table.requires_grad_(False)
-    decay, no_decay = parameter_groups(module, 0.1)
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    decay, no_decay = parameter_groups(trainable, 0.1)
     assert [id(p) for p in decay["params"]] == [id(module.rows), id(module.columns)]
     assert [id(p) for p in no_decay["params"]] == [id(module.row_bias), id(module.norm)]
     assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.1, 0.0)
@@ -122,7 +120,7 @@ def test_step_is_that_of_the_formula(name: str) -> None:
     for key, parameter in module.named_parameters():
         parameter.grad = gradients[key].clone()
     config = OptimConfig(name=name, lr=1.0, weight_decay=0.1, eps=1e-8)
-    optimizer = build_optimizer(module, config)
+    optimizer = build_optimizer(dict(module.named_parameters()), config)
     assert optimizer.defaults["fused"]
     set_learning_rate(optimizer, 0.01)
     optimizer.step()

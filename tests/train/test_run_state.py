@@ -19,19 +19,21 @@ from tpcore import checkpoint
 from tpcore.checkpoint.errors import CheckpointError
 from tpcore.models.bert import BertModel
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
-from tpcore.train.config import ConfigError
-from tpcore.train.finetune import finetune
-from tpcore.train.launch import RankError
-from tpcore.train.run import describe_run, export_run, load_run
-from tpcore.train.run_state import (
-    CheckpointKeeper,
+from tpcore.train.checkpoint_files import (
     Progress,
-    check_writable,
     find_checkpoint,
-    find_run,
+    find_file,
     rank_folder,
+    read_manifest,
     write_checkpoint,
 )
+from tpcore.train.config import ConfigError
+from tpcore.train.finetune import finetune
+from tpcore.train.keeper import CheckpointKeeper
+from tpcore.train.launch import RankError
+from tpcore.train.run import describe_run, export_run, load_run
+from tpcore.train.run_state import check_writable, find_run
+from tpcore.train.training_state import sharded_dims
 
 TEXTS = ["the film was good", "a nasty day", "lovely food and a very fine house", "it is poor"]
 
@@ -102,12 +104,16 @@ def test_folder_is_complete(run: Path) -> None:
         "config.yaml",
         "log.txt",
         "metrics.jsonl",
+        "environment.json",
         "model_config.json",
+        "result.json",
         "task.json",
         "tokenizer/vocab.txt",
         "tokenizer/tokenizer_config.json",
         f"checkpoints/mp_rank_00/{best}",
+        f"checkpoints/{best}.json",
         "checkpoints/mp_rank_00/tiny-last.ckpt",
+        "checkpoints/tiny-last.ckpt.json",
     }
     assert (run / "tokenizer/vocab.txt").read_text().split() == list(tiny.VOCABULARY)
     assert json.loads((run / "task.json").read_text())["labels"] == ["neg", "pos"]
@@ -155,8 +161,12 @@ def test_run_loads_at_another_size(size: int, run: Path) -> None:
 def _write(tp: TensorParallelGroup, dp: DataParallelGroup, run: Path, step: int) -> None:
     torch.manual_seed(0)
     progress = Progress(0, step, {"val_loss": 1.0})
-    model = BertModel(tiny.CONFIG, tp=tp)
-    write_checkpoint(run, "x.ckpt", model, progress, ("val_loss", "min"), tp=tp, dp=dp)
+    state = BertModel(tiny.CONFIG, tp=tp)
+    content = {
+        "state_dict": state.state_dict(),
+        "sharded_dim": sharded_dims(state.sharding_table(), list(state.state_dict())),
+    }
+    write_checkpoint(run, "x.ckpt", content, progress, ("val_loss", "min"), tp=tp, dp=dp)
 
 
 def test_shards_of_all_ranks_join_to_the_model(tmp_path: Path, run: Path) -> None:
@@ -235,7 +245,14 @@ def two_rank_run(run: Path, tmp_path: Path) -> Path:
         }
         part = content | {"state_dict": shards, "tensor_model_parallel_size": 2}
         torch.save(part, rank_folder(folder, rank) / "tiny-last.ckpt")
+    _write_manifest(folder)
     return folder
+
+
+def _write_manifest(folder: Path) -> None:
+    """Of `tiny-last.ckpt` as it is now."""
+    files = [rank_folder(folder, rank) / "tiny-last.ckpt" for rank in range(2)]
+    tiny.write_manifest(folder, "tiny-last.ckpt", files)
 
 
 def find_path(run: Path) -> Path:
@@ -264,13 +281,6 @@ def test_truncated_file_is_named(two_rank_run: Path, keep: float) -> None:
     assert "\n" not in " ".join(str(caught.value).split())
 
 
-def test_ranks_of_different_steps_are_refused(two_rank_run: Path) -> None:
-    path = rank_folder(two_rank_run, 1) / "tiny-last.ckpt"
-    torch.save(torch.load(path, weights_only=True) | {"global_step": 3}, path)
-    with pytest.raises(CheckpointError, match="of step 3, that of rank 0"):
-        load_run(two_rank_run)
-
-
 def _copy_of(run: Path, folder: Path) -> Path:
     return Path(shutil.copytree(run, folder / "copy"))
 
@@ -279,6 +289,7 @@ def test_evil_checkpoint_is_refused_in_our_words(two_rank_run: Path) -> None:
     path = rank_folder(two_rank_run, 1) / "tiny-last.ckpt"
     content = torch.load(path, weights_only=True)
     torch.save(content | {"x": subprocess.Popen}, path)
+    _write_manifest(two_rank_run)
     with pytest.raises(CheckpointError, match=r"refused .*Popen") as caught:
         load_run(two_rank_run)
     assert "weights_only" not in str(caught.value)
@@ -349,6 +360,8 @@ def _check_failed_write(tp: TensorParallelGroup, dp: DataParallelGroup, run: Pat
     assert isinstance(caught.value, CheckpointError if tp.rank == 1 else RankError)
     assert (rank_folder(run, tp.rank) / "x.ckpt").read_bytes() == before
     assert [path.name for path in rank_folder(run, tp.rank).iterdir()] == ["x.ckpt"]
+    assert read_manifest(run, "x.ckpt").global_step == 1
+    assert find_file(run, read_manifest(run, "x.ckpt"), tp.rank).name == "x.ckpt"
 
 
 def test_write_that_fails_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,12 @@ from tpcore import checkpoint
 from tpcore.models.bert import BertModel
 from tpcore.models.config import BertConfig
 from tpcore.tokenizer import SPECIAL_TOKENS
+from tpcore.train.checkpoint_files import (
+    Manifest,
+    StoredFile,
+    manifest_path,
+    write_json_atomically,
+)
 from tpcore.train.config import TrainConfig
 from tpcore.train.read_config import load_config
 
@@ -78,6 +87,7 @@ def overrides(folder: Path, **values: Any) -> list[str]:
         "model.train_ds.batch_size": 4,
         "model.optim.lr": 1e-3,
         "trainer.log_every_n_steps": 1,
+        "exp_manager.create_tensorboard_logger": "false",
         "exp_manager.exp_dir": folder / "runs",
         "exp_manager.name": "tiny",
         "exp_manager.version": "v",
@@ -96,3 +106,11 @@ def write_inputs(folder: Path, num_train: int = 16, num_validation: int = 10) ->
     write_data(folder / "train.tsv", num_train)
     write_data(folder / "validation.tsv", num_validation, seed=1)
     return folder
+
+
+def write_manifest(run: Path, filename: str, files: Sequence[Path]) -> None:
+    """What makes a checkpoint of these files, one for each rank."""
+    data = [path.read_bytes() for path in files]
+    stored = tuple(StoredFile(len(d), hashlib.sha256(d).hexdigest()) for d in data)
+    manifest = Manifest(filename, 0, 1, {}, "val_accuracy", "max", stored)
+    write_json_atomically(manifest_path(run, filename), dataclasses.asdict(manifest))

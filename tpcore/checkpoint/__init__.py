@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tpcore.checkpoint.errors import CheckpointError
     from tpcore.checkpoint.info import CheckpointInfo
     from tpcore.checkpoint.io import convert, inspect, load, save
+    from tpcore.checkpoint.nemo import contents as nemo_contents
     from tpcore.checkpoint.sharded import load_sharded, save_sharded
 
 _HOMES = {
@@ -25,6 +26,7 @@ _HOMES = {
     "inspect": "tpcore.checkpoint.io",
     "load": "tpcore.checkpoint.io",
     "load_sharded": "tpcore.checkpoint.sharded",
+    "nemo_contents": "tpcore.checkpoint.nemo",
     "save": "tpcore.checkpoint.io",
     "save_sharded": "tpcore.checkpoint.sharded",
 }
@@ -36,6 +38,7 @@ __all__ = [
     "inspect",
     "load",
     "load_sharded",
+    "nemo_contents",
     "save",
     "save_sharded",
 ]
@@ -44,7 +47,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_HOMES[name]), name.removeprefix("nemo_"))
 
 
 def __dir__() -> list[str]:

@@ -111,7 +111,7 @@ class Archive:
             return io.BytesIO(self._kept[name])
         with opened(self.path) as source:
             if not source.is_packed:
-                window = _Window(os.dup(source.file.fileno()), member.offset, member.size)
+                window = Window(os.dup(source.file.fileno()), member.offset, member.size)
                 return cast(BinaryIO, io.BufferedReader(window, CHUNK))
             source.skip_to(member.offset)
             file = tempfile.TemporaryFile()  # noqa: SIM115  # handed to the caller
@@ -152,7 +152,7 @@ class Archive:
             self._kept[member.name] = b"".join(source.chunks(member))
 
 
-class _Window(io.RawIOBase):
+class Window(io.RawIOBase):
     """A range of a file as a seekable file of its own; owns the descriptor."""
 
     def __init__(self, descriptor: int, offset: int, size: int) -> None:

@@ -18,12 +18,12 @@ from tpcore.checkpoint.names import is_canonical, listing
 from tpcore.checkpoint.state import (
     CanonicalState,
     Source,
-    StoredTensor,
     check_complete,
     check_tensor_parallel_size,
     check_vocabulary,
     sharding_of,
 )
+from tpcore.checkpoint.stored import StoredTensor
 from tpcore.models.bert import BertModel, Pooler
 from tpcore.models.config import BertConfig, padded_vocab_size_for
 from tpcore.models.heads import (
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 CLASSIFIERS = ("sequence_classification", "token_classification")
 AUTO = "auto"
+# What a stored head's arguments are where they are not said; these cannot be changed on loading.
+_FIXED = {"num_labels": None, "binary": True, "num_layers": 1, "pooler": True}
 
 
 def override_config(state: CanonicalState, overrides: Mapping[str, Any]) -> CanonicalState:
@@ -170,12 +172,20 @@ def describe_head(head: Head | None) -> tuple[str | None, dict[str, Any]]:
     name = names[type(head)]
     if isinstance(head, PreTrainingHead):
         return name, {"binary": head.binary is not None}
+    kwargs: dict[str, Any] = {}
     if isinstance(head, QuestionAnsweringHead):
-        return name, {}
-    assert isinstance(head, SequenceClassificationHead | TokenClassificationHead)
-    kwargs: dict[str, Any] = {"num_labels": head.classifier.out_features, "dropout": head.dropout.p}
-    if isinstance(head, SequenceClassificationHead) and head.regression:
-        kwargs["regression"] = True
+        if head.dropout.p:
+            kwargs["dropout"] = head.dropout.p
+    else:
+        assert isinstance(head, SequenceClassificationHead | TokenClassificationHead)
+        kwargs |= {"num_labels": head.classifier.out_features, "dropout": head.dropout.p}
+    if isinstance(head, SequenceClassificationHead):
+        if head.regression:
+            kwargs["regression"] = True
+        if not head.pooler:
+            kwargs["pooler"] = False
+    if len(head.hidden):
+        kwargs |= {"num_layers": 1 + len(head.hidden), "activation": head.hidden.activation}
     return name, kwargs
 
 
@@ -230,11 +240,12 @@ def _choose_head(
                 f"{where}: its head ({head}) is none that tpcore has ({', '.join(HEADS)}); pass "
                 "head=None for the encoder alone, or the name of a new head"
             )
-        for name in ("num_labels", "binary"):
-            if name in kwargs and kwargs[name] != state.head_kwargs[name]:
+        for name, default in _FIXED.items():
+            held = state.head_kwargs.get(name, default)
+            if name in kwargs and kwargs[name] != held:
                 raise CheckpointError(
                     f"{where}: {name}={kwargs[name]} was asked for, but its {head} head has "
-                    f"{state.head_kwargs[name]}; load it with head=None and attach a new head "
+                    f"{held}; load it with head=None and attach a new head "
                     "(tpcore.models.heads.build_head)"
                 )
         return state, head, {**state.head_kwargs, **kwargs}
@@ -247,9 +258,9 @@ def _choose_head(
 
 
 def _needs_pooler(head: str, kwargs: Mapping[str, Any]) -> bool:
-    return head == "sequence_classification" or (
-        head == "pretraining" and bool(kwargs.get("binary", True))
-    )
+    if head == "sequence_classification":
+        return bool(kwargs.get("pooler", True))
+    return head == "pretraining" and bool(kwargs.get("binary", True))
 
 
 def _new_head(

@@ -13,7 +13,9 @@ class CheckpointError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(_one_line(message))
+        if len(message) > _LONGEST:
+            message = f"{message[:_LONGEST]} ..."
+        super().__init__(printable(message))
 
 
 def shown(value: Any) -> str:
@@ -21,8 +23,8 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)[:80]
 
 
-def _one_line(text: str) -> str:
-    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
+def printable(text: str) -> str:
+    """The text in one line, with what would steer a terminal written out."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +17,7 @@ from tpcore.parallel.collectives import all_reduce, barrier
 from tpcore.parallel.group import TensorParallelGroup
 
 _ELSEWHERE = "choose another folder"
+_ALMOST_FULL_BYTES = 64 * 2**20
 
 
 def check_apart(destination: Path, source: Path, files: Iterable[Path] = ()) -> None:
@@ -96,6 +99,9 @@ def publish(destination: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+_publish = publish
+
+
 def discard(destination: Path) -> None:
     """Remove the pending folder of a write that failed."""
     shutil.rmtree(pending(destination), ignore_errors=True)
@@ -109,6 +115,7 @@ def write_together(
     prepare: Callable[[], object],
     write: Callable[[Path], None],
     finish: Callable[[Path], None] | None = None,
+    publish: Callable[[], None] | None = None,
 ) -> None:
     """Make a folder to which every rank of a group contributes: all of it, or nothing.
 
@@ -121,6 +128,7 @@ def write_together(
         prepare: makes the pending folder; called on rank 0 only.
         write: writes this rank's part into the folder that it is given; called on every rank.
         finish: writes what needs the parts of all ranks; called on rank 0 only.
+        publish: gives what was written its name; None: that of the folder.
 
     Raises:
         CheckpointError: a step failed here or on another rank.
@@ -130,7 +138,7 @@ def write_together(
         (prepare, True),
         (lambda: write(folder), False),
         (lambda: finish and finish(folder), True),
-        (lambda: publish(destination), True),
+        (publish or (lambda: _publish(destination)), True),
     ]
     for step, only_first in steps:
         error = None if only_first and tp.rank != 0 else _attempt(step, destination)
@@ -158,8 +166,28 @@ def _attempt(step: Callable[[], object], destination: Path) -> CheckpointError |
 
 def unwritable(destination: Path, error: Exception) -> CheckpointError:
     """The one line that says why a folder cannot be written."""
-    reason = error.strerror if isinstance(error, OSError) else str(error).strip().splitlines()[0]
-    return CheckpointError(f"{destination}: cannot be written ({reason})")
+    return CheckpointError(f"{destination}: cannot be written ({_reason(destination, error)})")
+
+
+def _reason(destination: Path, error: Exception) -> str:
+    """What the system says; torch and safetensors hide it in texts of their own."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = str(error).strip()
+    code = re.search(r"os error (\d+)", text)
+    if code:
+        return os.strerror(int(code.group(1)))
+    if "inline_container" in text or "PytorchStreamWriter" in text:
+        free = shutil.disk_usage(_existing(destination)).free
+        if free < _ALMOST_FULL_BYTES:
+            return f"{os.strerror(errno.ENOSPC)}: {free:,} bytes are free"
+        return "a file could not be written whole; the disk is full, or limits the size of files"
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _sync(folder: Path) -> None:

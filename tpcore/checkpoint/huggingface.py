@@ -39,7 +39,6 @@ from tpcore.checkpoint.state import (
     HEADS,
     CanonicalState,
     Source,
-    StoredTensor,
     check_complete,
     check_head,
     find_head,
@@ -47,6 +46,7 @@ from tpcore.checkpoint.state import (
     sizes_from_shapes,
     tokenizer_files,
 )
+from tpcore.checkpoint.stored import Box, StoredTensor, file_pieces, joined, num_bytes
 from tpcore.checkpoint.unpickle import load_pickle
 from tpcore.models.config import BertConfig
 
@@ -85,7 +85,7 @@ def read(path: Path) -> CanonicalState:
     keys = names.translate(spelled, names.expand(TABLES[model_type], num_layers), where)
 
     copies = {
-        target: stored[spelled[key]].read
+        target: stored[spelled[key]]
         for key, target in names.HUGGINGFACE_TIED.items()
         if key in spelled
     }
@@ -121,6 +121,7 @@ def read(path: Path) -> CanonicalState:
                 qkv_layout="separate q, k, v",
                 lowercase=lowercase if isinstance(lowercase, bool) else None,
                 notes=(f"architecture: {architecture_from_fields(fields) or 'not said'}",),
+                stated=frozenset(BertConfig.__dataclass_fields__),
                 files=(folder / CONFIG, *_weights_files(folder)),
                 tokenizer_files=tokenizer_files([folder]),
             ),
@@ -140,6 +141,11 @@ def check_writable(state: CanonicalState) -> dict[str, str]:
     if config.num_token_types == 0:
         raise CheckpointError(
             f"{where}: the model has no token types; transformers has no BERT without them"
+        )
+    if state.head == "sequence_classification" and not state.head_kwargs.get("pooler", True):
+        raise CheckpointError(
+            f"{where}: its classifier sees the first token without a pooler; transformers has no "
+            "such model (head=None, or another format, keeps what there is)"
         )
     expanded = names.expand(TABLES[model_type_of(config)], config.num_layers)
     inverse = {target: key for key, target in expanded.items() if target is not None}
@@ -241,6 +247,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 def _read_weights(file: Path) -> dict[str, StoredTensor]:
     if file.suffix != ".safetensors":
         return _read_pickle(file)
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
     try:
         handle = safe_open(file, framework="pt", device="cpu")
         slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
@@ -248,30 +256,36 @@ def _read_weights(file: Path) -> dict[str, StoredTensor]:
             key: StoredTensor(
                 tuple(part.get_shape()),
                 _DTYPES.get(part.get_dtype(), torch.uint8),
-                partial(handle.get_tensor, key),
+                partial(_read_slice, part, None),
+                partial(_read_slice, part),
             )
             for key, part in slices.items()
         }
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(
             f"{file}: not a readable safetensors file, truncated or damaged ({error})"
         ) from error
+
+
+def _read_slice(part: Any, box: Box | None) -> Tensor:
+    tensor = part[:] if box is None else part[tuple(slice(*bounds) for bounds in box)]
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _read_pickle(file: Path) -> dict[str, StoredTensor]:
     loaded = load_pickle(file)
     if not isinstance(loaded, dict):
         raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, not a dict of tensors")
-    stored: dict[str, StoredTensor] = {}
+    limit = file.stat().st_size
     for key, value in loaded.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise CheckpointError(f"{file}: {shown(key)} is a {type(value).__name__}, not a tensor")
-        if value.numel() * value.element_size() > file.stat().st_size:
+        if num_bytes(value) > limit:
             raise CheckpointError(
                 f"{file}: {key} claims shape {list(value.shape)}, more than is there"
             )
-        stored[key] = StoredTensor(tuple(value.shape), value.dtype, value.detach)
-    return stored
+    pieces = file_pieces(loaded, file, str(file))
+    return {key: joined([piece], None) for key, piece in pieces.items()}
 
 
 def _join_qkv(tensors: dict[str, StoredTensor], config: BertConfig, where: str) -> None:
@@ -294,10 +308,21 @@ def _join_qkv(tensors: dict[str, StoredTensor], config: BertConfig, where: str) 
             tensors[f"{base}.{kind}"] = StoredTensor(
                 (3 * hidden, *shape[1:]),
                 parts[0].dtype,
-                partial(_read_qkv, parts, config.num_attention_heads),
+                partial(_read_qkv, parts, config, None),
+                partial(_read_qkv, parts, config),
             )
 
 
-def _read_qkv(parts: list[StoredTensor], num_heads: int) -> Tensor:
-    query, key, value = (part.read() for part in parts)
-    return qkv.join(query, key, value, num_heads)
+def _read_qkv(parts: list[StoredTensor], config: BertConfig, box: Box | None) -> Tensor:
+    """Canonical rows, (n, 3, d); of a box, the heads that it touches are read."""
+    first, last = (0, config.num_attention_heads)
+    step = config.head_size
+    if box is not None:
+        first, last = box[0][0] // (3 * step), -(-box[0][1] // (3 * step))
+    rows = [part.narrow(0, first * step, last * step) for part in parts]
+    full = qkv.join(rows[0], rows[1], rows[2], last - first)
+    if box is None:
+        return full
+    begin = box[0][0] - first * 3 * step
+    inner = (slice(begin, begin + box[0][1] - box[0][0]), *(slice(*b) for b in box[1:]))
+    return full[inner].contiguous()

@@ -13,7 +13,8 @@ import torch
 from tpcore.checkpoint import names
 from tpcore.checkpoint.errors import CheckpointError, shown
 from tpcore.checkpoint.fields import Fields
-from tpcore.checkpoint.state import CanonicalState, StoredTensor
+from tpcore.checkpoint.state import CanonicalState
+from tpcore.checkpoint.stored import StoredTensor
 from tpcore.models.config import BertConfig
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ _SUFFIXES = {
 # What transformers has no word for, under names that it keeps but does not read.
 _GELU, _LM_HEAD_GELU = "tpcore_gelu", "tpcore_lm_head_gelu"
 _DROPOUT_AFTER_NORM = "tpcore_embedding_dropout_after_norm"
-_MAX_JSON_BYTES = 64 * 2**20
+_MAX_JSON_BYTES = 16 * 2**20
 
 
 def read_json(path: Path) -> dict[str, Any]:

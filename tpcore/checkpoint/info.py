@@ -6,9 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tpcore.checkpoint.errors import printable
 from tpcore.checkpoint.state import CanonicalState, sharding_of
 from tpcore.models.config import BertConfig
 from tpcore.parallel.sharding import Sharded
+
+_EXACT_GELU = "erf"
+"""What `BertConfig.gelu` calls "none", after torch's `approximate`: exact, with erf."""
 
 
 @dataclass(frozen=True)
@@ -144,14 +148,17 @@ class CheckpointInfo:
         }
         lines = [f"{key:<16}{value}" for key, value in facts.items() if value]
         lines += ["", "configuration"]
-        lines += [f"  {key:<30}{value}" for key, value in self.config.to_dict().items()]
+        lines += [
+            f"  {key:<30}{_EXACT_GELU if 'gelu' in key and value == 'none' else value}"
+            for key, value in self.config.to_dict().items()
+        ]
         lines += ["", "parameters"]
         width = max(len(entry.name) for entry in self.parameters) + 2
         lines += [
             f"  {entry.name:<{width}}{list(entry.shape)!s:<16}{entry.dtype:<10}{entry.sharding}"
             for entry in self.parameters
         ]
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))  # labels and names are the file's
 
 
 def _in_words(name: str) -> str:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from tpcore.checkpoint import folders, huggingface, megatron, megatron_files, registry
+from tpcore.checkpoint import (
+    dist_metadata,
+    folders,
+    huggingface,
+    megatron,
+    megatron_dist,
+    megatron_files,
+    nemo,
+    registry,
+    writers,
+)
 from tpcore.checkpoint.build import AUTO, build_model, override_config, state_from_model
 from tpcore.checkpoint.errors import CheckpointError
 from tpcore.checkpoint.info import CheckpointInfo
+from tpcore.checkpoint.progress import watched
 from tpcore.checkpoint.state import CanonicalState, Source
+from tpcore.checkpoint.stated import Stated, apply_stated, stated_config
 from tpcore.checkpoint.unpickle import check_records
+from tpcore.checkpoint.writers import Format
 from tpcore.layers.block import ActivationCheckpointing
 from tpcore.models.bert import BertModel
 from tpcore.parallel.group import TensorParallelGroup
-
-Format = Literal["megatron", "huggingface"]
-FORMATS = ("megatron", "huggingface")
 
 
 def load(
@@ -30,6 +39,8 @@ def load(
     tp: TensorParallelGroup | None = None,
     head: str | None = AUTO,
     qkv_layout: str | None = None,
+    config_file: str | Path | None = None,
+    config: Mapping[str, Any] | str | None = None,
     num_labels: int | None = None,
     head_kwargs: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
@@ -52,6 +63,9 @@ def load(
             (`tpcore.models.heads.HEADS`) builds that one, newly initialised if the file has
             another or none, which one log line says.
         qkv_layout: order of the q/k/v rows ("v0", "v1", "v3"), for a file that does not tell.
+        config_file: JSON that says what a file without arguments cannot, in Megatron's names or
+            BertConfig's, with hyphens or underscores; must agree with what the file says.
+        config: the same as a mapping, or the name of a preset; `config_file` wins.
         num_labels: of a new classification head; must agree with that of the file's own.
         head_kwargs: further arguments of the head (dropout, regression, binary).
         device: where the parameters live; None: the CPU.
@@ -68,7 +82,7 @@ def load(
             was asked for.
     """
     tp = TensorParallelGroup.single() if tp is None else tp
-    state = _read(Path(path), qkv_layout, config_overrides)
+    state = _read(Path(path), qkv_layout, config_overrides, stated_config(config_file, config))
     _check_files(state)
     return build_model(
         state,
@@ -95,30 +109,33 @@ def save(
     iteration: int | None = None,
     labels: Sequence[str] | None = None,
     tokenizer_files: Iterable[str | Path] = (),
+    nemo_config: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write a model as a folder; every rank of the model's tensor-parallel group calls it.
+    """Write a model as a folder or a `.nemo` file; every rank of its group calls it.
 
-    With Megatron's format and the model's own size each rank writes its own file; otherwise
-    tensors are gathered one after the other and rank 0 writes. The folder appears when all of it
-    is written, or not at all.
+    With formats that have a file for each rank, and the model's own size, each rank writes its
+    own; otherwise tensors are gathered one after the other and rank 0 writes. The checkpoint
+    appears when all of it is written, or not at all.
 
     Args:
         model: the model; its group says which ranks take part.
-        path: the folder to make.
-        format: "megatron" (version 3) or "huggingface".
-        tensor_parallel_size: of the Megatron directory; None: that of the model. A Hugging Face
-            folder has none.
+        path: the folder to make; the file, if format is "nemo".
+        format: "megatron" (version 3), "megatron-core", "nemo" or "huggingface".
+        tensor_parallel_size: of the checkpoint; None: that of the model. A Hugging Face folder has
+            none.
         iteration: writes iter_XXXXXXX instead of release (Megatron only).
         labels: names of a classifier's labels, kept in the checkpoint.
         tokenizer_files: files such as vocab.txt, copied beside the weights.
+        nemo_config: content of a .nemo file's model_config.yaml; what describes the encoder, the
+            vocabulary and the labels is filled in.
         overwrite: replace a checkpoint that is there.
 
     Raises:
         CheckpointError: the model does not fit the format or the size, or the folder cannot be
             written; raised on every rank.
     """
-    _check_format(format)
+    writers.check_format(format)
     if not isinstance(model, BertModel):
         raise CheckpointError(f"a {type(model).__name__} cannot be saved; expected a BertModel")
     tp = model.tp
@@ -126,7 +143,7 @@ def save(
     source = Source(path=Path("model"), format="tpcore", iteration=iteration)
     state = state_from_model(model, labels=tuple(labels) if labels else None, source=source)
     size = tp.size if tensor_parallel_size is None else tensor_parallel_size
-    _check_writable(state, format, size)
+    writers.check_writable(state, format, size)
     device = next(model.parameters()).device
     files = [Path(file) for file in tokenizer_files]
 
@@ -134,13 +151,20 @@ def save(
         destination,
         tp,
         device,
-        prepare=lambda: _prepare(destination, overwrite),
-        write=lambda folder: _write(state, folder, format, size, tp, files),
+        prepare=lambda: writers.prepare(destination, format, overwrite),
+        write=lambda folder: writers.write(state, folder, format, size, tp, files),
+        finish=lambda folder: writers.finish(state, folder, format, size, files, nemo_config),
+        publish=lambda: writers.publish(destination, format),
     )
 
 
 def inspect(
-    path: str | Path, *, qkv_layout: str | None = None, **config_overrides: Any
+    path: str | Path,
+    *,
+    qkv_layout: str | None = None,
+    config_file: str | Path | None = None,
+    config: Mapping[str, Any] | str | None = None,
+    **config_overrides: Any,
 ) -> CheckpointInfo:
     """What a checkpoint holds: format, sizes, configuration, every parameter.
 
@@ -149,7 +173,9 @@ def inspect(
     Raises:
         CheckpointError: as `load`.
     """
-    return CheckpointInfo.from_state(_read(Path(path), qkv_layout, config_overrides))
+    return CheckpointInfo.from_state(
+        _read(Path(path), qkv_layout, config_overrides, stated_config(config_file, config))
+    )
 
 
 def convert(
@@ -159,21 +185,25 @@ def convert(
     to: Format,
     tensor_parallel_size: int = 1,
     qkv_layout: str | None = None,
+    config_file: str | Path | None = None,
+    config: Mapping[str, Any] | str | None = None,
     overwrite: bool = False,
     **config_overrides: Any,
 ) -> CheckpointInfo:
     """Rewrite a checkpoint in another format or at another tensor-parallel size.
 
     Tensors keep their dtype and their bits; the files of a tokenizer found beside the source go
-    along. Runs in one process, and needs one rank's shard and one full tensor of memory for a
-    Megatron directory, the model for a Hugging Face folder.
+    along. Runs in one process, and needs memory for one rank's shard and one full tensor, for a
+    Hugging Face folder for the model. Weights that are not finite numbers get one line in the log.
 
     Args:
         source: any checkpoint that `load` reads.
-        destination: the folder to make.
-        to: "megatron" or "huggingface".
-        tensor_parallel_size: of the Megatron directory.
+        destination: the folder to make; the file, if `to` is "nemo".
+        to: "megatron", "megatron-core", "nemo" or "huggingface".
+        tensor_parallel_size: of the checkpoint that is written.
         qkv_layout: as in `load`.
+        config_file: as in `load`.
+        config: as in `load`.
         overwrite: replace a checkpoint that is there.
         config_overrides: as in `load`; they are written into the new checkpoint.
 
@@ -183,24 +213,21 @@ def convert(
     Raises:
         CheckpointError: as `load` and `save`; the destination is then as it was before.
     """
-    _check_format(to)
+    writers.check_format(to)
     source, destination = Path(source), Path(destination).resolve()
-    state = _read(source, qkv_layout, config_overrides)
-    _check_writable(state, to, tensor_parallel_size)
+    state = _read(source, qkv_layout, config_overrides, stated_config(config_file, config))
+    writers.check_writable(state, to, tensor_parallel_size)
     _check_files(state)
     folders.check_apart(destination, state.source.path, state.source.files)
-    _prepare(destination, overwrite)
+    writers.prepare(destination, to, overwrite)
+    folder, size = folders.pending(destination), tensor_parallel_size
+    about = state.source
     try:
-        single = TensorParallelGroup.single()
-        _write(
-            state,
-            folders.pending(destination),
-            to,
-            tensor_parallel_size,
-            single,
-            state.source.tokenizer_files,
-        )
-        folders.publish(destination)
+        with watched(state, size if to != "huggingface" else 1, destination.name) as seen:
+            single = TensorParallelGroup.single()
+            writers.write(seen, folder, to, size, single, about.tokenizer_files)
+        writers.finish(state, folder, to, size, about.tokenizer_files, about.settings)
+        writers.publish(destination, to)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise folders.unwritable(destination, error) from error
     finally:
@@ -208,9 +235,19 @@ def convert(
     return inspect(destination)
 
 
-def _read(path: Path, qkv_layout: str | None, overrides: Mapping[str, Any]) -> CanonicalState:
+def _read(
+    path: Path,
+    qkv_layout: str | None,
+    overrides: Mapping[str, Any],
+    stated: Stated | None = None,
+) -> CanonicalState:
+    given = overrides
+    if stated is not None:
+        # The readers need of it what no shape says.
+        needed = ("num_attention_heads", "num_token_types")
+        overrides = {n: stated.fields[n] for n in needed if n in stated.fields} | dict(overrides)
     if not path.exists():
-        overrides = {**registry.known_facts(path), **overrides}
+        given = {**registry.known_facts(path), **given}
         path = registry.locate(path)
     if huggingface.recognise(path):
         if qkv_layout is not None:
@@ -219,75 +256,30 @@ def _read(path: Path, qkv_layout: str | None, overrides: Mapping[str, Any]) -> C
                 "which keeps q, k and v apart"
             )
         state = huggingface.read(path)
+    elif nemo.recognise(path):
+        state = nemo.read(path, qkv_layout=qkv_layout, overrides=overrides)
+    elif megatron_dist.recognise(path):
+        if qkv_layout not in (None, "v3"):
+            raise CheckpointError(
+                f"{path}: qkv_layout={qkv_layout!r}, but a torch_dist checkpoint has the order v3"
+            )
+        state = megatron_dist.read(path, overrides=overrides)
     elif megatron_files.recognise(path):
         state = megatron.read(path, qkv_layout=qkv_layout, overrides=overrides)
     else:
         raise CheckpointError(
             f"{path}: no checkpoint is recognised there; expected a Megatron-LM directory "
-            f"({megatron_files.TRACKER} or mp_rank_XX folders), one of its .pt files, or a "
+            f"({megatron_files.TRACKER}, mp_rank_XX folders or {dist_metadata.METADATA}), one of "
+            "its .pt files, or a "
             f"Hugging Face folder ({huggingface.CONFIG} with {huggingface.SAFETENSORS} or "
             f"{huggingface.PICKLE})"
         )
-    return override_config(state, overrides)
+    if stated is not None:
+        state = apply_stated(state, stated)
+    return override_config(state, given)
 
 
 def _check_files(state: CanonicalState) -> None:
     for file in state.source.files:
-        check_records(file)
-
-
-def _check_format(name: str) -> None:
-    if name not in FORMATS:
-        raise CheckpointError(f"format {name!r} cannot be written; use one of {', '.join(FORMATS)}")
-
-
-def _check_writable(state: CanonicalState, name: str, size: int) -> None:
-    if name == "huggingface":
-        huggingface.check_writable(state)
-    else:
-        megatron.check_writable(state, size)
-
-
-def _prepare(destination: Path, overwrite: bool) -> None:
-    replaceable = overwrite and (
-        huggingface.recognise(destination) or megatron_files.recognise(destination)
-    )
-    if overwrite and not replaceable and destination.exists() and not folders.is_empty(destination):
-        raise CheckpointError(f"{destination}: is no checkpoint; only a checkpoint is overwritten")
-    folders.prepare(destination, replaceable=replaceable)
-
-
-def _write(
-    state: CanonicalState,
-    folder: Path,
-    name: str,
-    size: int,
-    tp: TensorParallelGroup,
-    tokenizer_files: Iterable[Path],
-) -> None:
-    """Write this process's part. Reading is collective, so all of it is done before an error."""
-    errors: list[Exception] = []
-
-    def attempt(function: Callable[..., None], *args: Any) -> None:
-        try:
-            if not errors:
-                function(*args)
-        except Exception as error:
-            errors.append(error)
-
-    if name == "huggingface":
-        values, tensors = huggingface.content(state)
-        if tp.rank == 0:
-            attempt(huggingface.save, folder, values, tensors)
-    else:
-        # Each rank saves its own shard where it has it; otherwise rank 0 saves what all gather.
-        own = state.holds(tp.rank, size, state.padded_rows(size))
-        for rank in [tp.rank] if own else range(size):
-            content = megatron.rank_content(state, size, rank)
-            if own or tp.rank == 0:
-                attempt(megatron.save_rank, folder, content, state, rank)
-    if tp.rank == 0:
-        for file in tokenizer_files:
-            attempt(shutil.copyfile, file, folder / file.name)
-    if errors:
-        raise errors[0]
+        if file.suffix != ".distcp":  # many torch files in one
+            check_records(file)

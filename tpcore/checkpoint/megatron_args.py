@@ -14,7 +14,7 @@ import torch
 
 from tpcore.checkpoint.errors import CheckpointError, shown
 from tpcore.checkpoint.fields import Fields
-from tpcore.checkpoint.state import CanonicalState
+from tpcore.checkpoint.state import HEADS, SIZES, CanonicalState
 from tpcore.models.config import PRESETS, VOCAB_DIVISOR, BertConfig
 
 # Fields that change the architecture into something this encoder is not, with the values that
@@ -109,6 +109,24 @@ def config_from_args(
         raise CheckpointError(f"{args.where}: {error}") from error
 
 
+def stated_fields(args: Fields) -> frozenset[str]:
+    """Fields of the configuration that the file itself says, by its shapes or its arguments."""
+    stated = set(SIZES)
+    for name, field in (
+        ("num_attention_heads", "num_attention_heads"),
+        ("layernorm_epsilon", "layernorm_eps"),
+        ("hidden_dropout", "hidden_dropout"),
+        ("attention_dropout", "attention_dropout"),
+        ("init_method_std", "init_std"),
+        ("apply_residual_connection_post_layernorm", "post_layernorm"),
+    ):
+        if name in args:
+            stated.add(field)
+    if any(name in args for name in ("bias_gelu_fusion", "openai_gelu", "onnx_safe")):
+        stated |= {"gelu", "lm_head_gelu"}
+    return frozenset(stated)
+
+
 def _check_supported(args: Fields, sizes: Mapping[str, int]) -> None:
     for name, harmless in _UNSUPPORTED.items():
         value = args.values.get(name)
@@ -174,20 +192,35 @@ def _gelu(args: Fields) -> tuple[str, str]:
     return ("tanh" if args.flag("bias_gelu_fusion") else unfused), unfused
 
 
-def head_from_args(args: Fields, head: str | None) -> tuple[str | None, dict[str, Any]]:
-    """What the file says about its head beyond the parameters' names: kind and options."""
-    if head != "sequence_classification":
-        return head, {}
+def head_from_args(
+    args: Fields, head: str | None, num_layers: int = 1
+) -> tuple[str | None, dict[str, Any]]:
+    """What the file says about its head beyond the parameters' names: kind and options.
+
+    Args:
+        args: the file's arguments.
+        head: what the names of the parameters make up.
+        num_layers: linear layers of a classifier.
+    """
     stored = args.text(_HEAD)
-    if stored == "token_classification":
+    if head is None and stored is not None and stored not in HEADS:
+        return stored, {}  # one that tpcore does not have, and whose parameters were left out
+    if head not in ("sequence_classification", "question_answering"):
+        return head, {}
+    if head == "sequence_classification" and stored == "token_classification":
         head = stored
     options = args.values.get(_HEAD_KWARGS)
     stated = Fields(options if isinstance(options, dict) else {}, args.where, f"{_HEAD_KWARGS}.")
     kwargs: dict[str, Any] = {}
     if "dropout" in stated:
         kwargs["dropout"] = stated.number("dropout", 0.0)
-    if "regression" in stated:
-        kwargs["regression"] = stated.flag("regression")
+    for name in ("regression", "pooler"):
+        if name in stated:
+            kwargs[name] = stated.flag(name)
+    if num_layers > 1:
+        kwargs["num_layers"] = num_layers
+        if "activation" in stated:
+            kwargs["activation"] = stated.text("activation")
     return head, kwargs
 
 
@@ -256,7 +289,7 @@ def args_from_state(
             onnx_safe=config.gelu == "erf_1.41421",
         )
         args[_LM_HEAD_GELU] = config.lm_head_gelu
-    if state.head in ("sequence_classification", "token_classification"):
+    if state.head in ("sequence_classification", "token_classification", "question_answering"):
         args[_HEAD] = state.head
         args[_HEAD_KWARGS] = {k: v for k, v in state.head_kwargs.items() if k != "num_labels"}
         if state.labels is not None:

@@ -52,10 +52,15 @@ def find_files(path: Path) -> list[list[Path]]:
             return [[path / name]]
     if any(_RANK_FOLDER.fullmatch(child.name) for child in _children(path)):
         return _rank_files(path)
-    return _rank_files(path / _tracked_folder(path))
+    return _rank_files(path / tracked_folder(path))
 
 
-def _tracked_folder(root: Path) -> str:
+def tracked_folder(root: Path) -> str:
+    """The folder of the iteration that the tracker file names.
+
+    Raises:
+        CheckpointError: there is no such file, or no such folder.
+    """
     tracker = root / TRACKER
     if not tracker.is_file():
         found = [c.name for c in _children(root) if _ITERATION_FOLDER.fullmatch(c.name)]

@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from tpcore.checkpoint.errors import CheckpointError
 from tpcore.parallel.sharding import Replicated, Sharded, Sharding
 
+MAX_HIDDEN_LAYERS = 4
+"""Of a head, before its last linear layer."""
+
 MAX_LAYERS = 1024
 """More layers than any BERT has; a damaged or hostile file may claim any number."""
 
@@ -63,6 +66,11 @@ PARAMETERS: dict[str, Parameter] = {
     **_norm("head.lm.norm"),
     "head.lm.bias": Parameter(("v",), _ROWS),
     **_linear("head.binary", "2", "h", _ALL, _ALL),
+    **{
+        name: entry
+        for n in range(MAX_HIDDEN_LAYERS)
+        for name, entry in _linear(f"head.hidden.{n}", "h", "h", _ALL, _ALL).items()
+    },
     **_linear("head.classifier", "l", "h", _ALL, _ALL),
     **_linear("head.outputs", "2", "h", _ALL, _ALL),
     **_linear("head.multichoice", "1", "h", _ALL, _ALL),
@@ -82,6 +90,13 @@ def is_canonical(name: str) -> bool:
     return re.sub(r"^blocks\.\d+\.", "blocks.{}.", name) in PARAMETERS
 
 
+def head_part(name: str) -> str:
+    """The part of a head that a name belongs to: `lm`, `classifier`, `hidden.0`, ..."""
+    match = re.match(r"head\.(hidden\.\d+|\w+)", name)
+    assert match, name
+    return match.group(1)
+
+
 def shift_layer(name: str, offset: int) -> str:
     """A canonical name with `offset` added to its layer number, if it has one."""
     match = re.match(r"blocks\.(\d+)\.", name)
@@ -92,6 +107,18 @@ def shift_layer(name: str, offset: int) -> str:
 
 def _both(source: str, target: str) -> dict[str, str | None]:
     return {f"{source}.weight": f"{target}.weight", f"{source}.bias": f"{target}.bias"}
+
+
+def _own_heads() -> dict[str, str | None]:
+    """Heads of fine-tuned models. Megatron has the first two; only tpcore writes the others."""
+    table = {
+        **_both("classification_head", "head.classifier"),
+        **_both("multichoice_head", "head.multichoice"),
+        **_both("question_answering_head", "head.outputs"),
+    }
+    for n in range(MAX_HIDDEN_LAYERS):
+        table.update(_both(f"head_hidden.{n}", f"head.hidden.{n}"))
+    return table
 
 
 Table = Mapping[str, "str | None"]
@@ -115,10 +142,7 @@ MEGATRON: dict[str, str | None] = {
     **_both("lm_head.layernorm", "head.lm.norm"),
     "lm_head.bias": "head.lm.bias",
     **_both("binary_head", "head.binary"),
-    **_both("classification_head", "head.classifier"),
-    **_both("multichoice_head", "head.multichoice"),
-    # Megatron has no question answering; only tpcore writes and reads this name.
-    **_both("question_answering_head", "head.outputs"),
+    **_own_heads(),
     # The last pipeline stage's copy of the word embeddings.
     "word_embeddings_for_head.weight": None,
 }
@@ -151,6 +175,8 @@ MEGATRON_CORE: dict[str, str | None] = {
     **_both("lm_head.layer_norm", "head.lm.norm"),
     "output_layer.bias": "head.lm.bias",
     **_both("binary_head", "head.binary"),
+    # Megatron-Core's BERT has no other head; only tpcore writes these names.
+    **_own_heads(),
     "output_layer.weight": None,
     # State of Transformer Engine's low-precision kernels: pickles in bytes, never opened.
     **{

@@ -326,7 +326,11 @@ def _get(code: str) -> Callable[[PickleScan], None]:
 
 def _put(code: str) -> Callable[[PickleScan], None]:
     def step(scan: PickleScan) -> None:
-        scan._memo[scan._number(code)] = scan._top()
+        index = scan._number(code)
+        if index > MAX_INSTRUCTIONS:
+            # Python's own unpickler makes a table of that size.
+            scan._fail(f"it remembers an object under the number {index}")
+        scan._memo[index] = scan._top()
 
     return step
 

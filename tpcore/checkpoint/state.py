@@ -1,13 +1,13 @@
 """A checkpoint as every format gives it and takes it: canonical names, full tensors, a config.
 
-Tensors are not held but described: `StoredTensor.read()` assembles one full tensor from the files
-when it is asked for, so that a rank needs its own shard and one full tensor at a time.
+Tensors are not held but described (`stored.StoredTensor`): what a rank needs of one is read from
+the files when it is asked for, so that a rank needs memory for its own shard and one tensor.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,12 +20,14 @@ from tpcore.checkpoint.names import (
     PARAMETERS,
     VOCABULARY_PARAMETERS,
     Parameter,
+    head_part,
     listing,
     parameter,
 )
+from tpcore.checkpoint.stored import StoredTensor
 from tpcore.models.config import BertConfig, padded_vocab_size_for
 from tpcore.parallel.group import divide
-from tpcore.parallel.sharding import Sharding, shard
+from tpcore.parallel.sharding import Sharded, Sharding
 
 HEAD_PARTS = {
     frozenset(): None,
@@ -44,16 +46,12 @@ HEADS = (
 )
 """Heads that tpcore has; the names of `tpcore.models.heads.HEADS`, known here without its code."""
 
+SIZES = frozenset(
+    ("hidden_size", "num_layers", "intermediate_size", "max_position_embeddings", "num_token_types")
+)
+"""Fields of the configuration that the shapes of the tensors say."""
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One full tensor that has not been read yet."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +70,12 @@ class Source:
     files: tuple[Path, ...] = ()
     """All files that hold weights or settings."""
     tokenizer_files: tuple[Path, ...] = ()
+    stated: frozenset[str] = SIZES
+    """Fields of the configuration that the file itself says; the others are defaults."""
+    settings: Mapping[str, Any] | None = None
+    """What a .nemo file's model_config.yaml says."""
+    keep: object = None
+    """Whatever must live as long as tensors are read: a folder that files were unpacked into."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +93,7 @@ class CanonicalState:
     head_kwargs: Mapping[str, Any] = field(default_factory=dict)
     labels: tuple[str, ...] | None = None
     tensors: Mapping[str, StoredTensor]
-    copies: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    copies: Mapping[str, StoredTensor] = field(default_factory=dict)
     source: Source
 
     @property
@@ -103,13 +107,10 @@ class CanonicalState:
 
     def full(self, name: str, vocab_rows: int | None = None) -> Tensor:
         """The full tensor, with the vocabulary grown or cut to `vocab_rows`."""
-        tensor = self.tensors[name].read()
-        if name in self.copies and not torch.equal(tensor, self.copies[name]()):
-            raise CheckpointError(
-                f"{self.source.path}: the decoder's copy of {name} differs from it; models whose "
-                "decoder is not tied to the word embeddings are not supported (head=None loads "
-                "the encoder alone)"
-            )
+        stored = self.tensors[name]
+        tensor = stored.read()
+        if name in self.copies:
+            self._check_copy(name, tensor, self.copies[name].read())
         if vocab_rows is not None and name in VOCABULARY_PARAMETERS:
             tensor = resize_vocabulary(tensor, vocab_rows)
         return tensor
@@ -119,10 +120,28 @@ class CanonicalState:
         return False
 
     def shard(self, name: str, rank: int, size: int, vocab_rows: int) -> Tensor:
-        """What `rank` of `size` holds of a tensor; owns its memory, so the full one can go."""
-        full = self.full(name, vocab_rows)
-        piece = shard(full, sharding_of(name), rank, size, name=name)
-        return piece.clone(memory_format=torch.contiguous_format)
+        """What `rank` of `size` holds of a tensor; owns its memory, and reads little else."""
+        stored, sharding = self.tensors[name], sharding_of(name)
+        if not isinstance(sharding, Sharded):
+            return self.full(name).clone(memory_format=torch.contiguous_format)
+        dim = sharding.dim
+        rows = stored.shape[dim]
+        total = vocab_rows if name in VOCABULARY_PARAMETERS else rows
+        length = divide(total, size, name)
+        # A rank that holds nothing but padding reads the last row, which padding repeats.
+        start, stop = min(rank * length, rows - 1), min((rank + 1) * length, rows)
+        piece = stored.narrow(dim, start, stop)
+        if name in self.copies:
+            self._check_copy(name, piece, self.copies[name].narrow(dim, start, stop))
+        return piece if total == rows else resize_vocabulary(piece, length)
+
+    def _check_copy(self, name: str, tensor: Tensor, copy: Tensor) -> None:
+        if not torch.equal(tensor, copy):
+            raise CheckpointError(
+                f"{self.source.path}: the decoder's copy of {name} differs from it; models whose "
+                "decoder is not tied to the word embeddings are not supported (head=None loads "
+                "the encoder alone)"
+            )
 
     def without_head(self) -> CanonicalState:
         """The encoder alone, with its pooler."""
@@ -160,14 +179,23 @@ def resize_vocabulary(tensor: Tensor, rows: int) -> Tensor:
     """Cut to `rows`, or grow by repeating the last row, as Megatron's own converter does."""
     missing = rows - tensor.shape[0]
     if missing <= 0:
-        return tensor[:rows]
+        return tensor if missing == 0 else tensor[:rows].clone()
     return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])
 
 
 def find_head(names: Iterable[str]) -> str | None:
     """The head that canonical names make up, or the parts of one that tpcore does not have."""
-    parts = frozenset(name.split(".")[1] for name in names if name.startswith("head."))
-    return HEAD_PARTS.get(parts, "+".join(sorted(parts)))
+    parts = {head_part(name) for name in names if name.startswith("head.")}
+    last = frozenset(part for part in parts if not part.startswith("hidden."))
+    if parts != last and not last & {"classifier", "outputs"}:
+        last = frozenset(parts)
+    return HEAD_PARTS.get(last, "+".join(sorted(parts)))
+
+
+def head_layers(names: Iterable[str]) -> int:
+    """How many linear layers a classifier has."""
+    hidden = {head_part(name) for name in names if name.startswith("head.hidden.")}
+    return 1 + len(hidden)
 
 
 def has_pooler(names: Iterable[str]) -> bool:
@@ -211,7 +239,7 @@ def sizes_from_shapes(
 def expected_shapes(state: CanonicalState) -> dict[str, tuple[int, ...]]:
     """Every parameter that a file with this config and head has, with its full shape."""
     config = state.config
-    head_parts = {name.split(".")[1] for name in state.tensors if name.startswith("head.")}
+    head_parts = {head_part(name) for name in state.tensors if name.startswith("head.")}
     sizes = {
         "v": state.vocab_rows,
         "p": config.max_position_embeddings,
@@ -228,7 +256,7 @@ def expected_shapes(state: CanonicalState) -> dict[str, tuple[int, ...]]:
     blocks = {name: entry for name, entry in PARAMETERS.items() if name.startswith("blocks.")}
     shapes: dict[str, tuple[int, ...]] = {}
     for pattern, entry in PARAMETERS.items():
-        part, _, rest = pattern.partition(".")
+        part = pattern.partition(".")[0]
         if part == "blocks":
             # All of layer 0, then all of layer 1, ...: at the first of the block's names.
             for layer in range(config.num_layers):
@@ -244,7 +272,7 @@ def expected_shapes(state: CanonicalState) -> dict[str, tuple[int, ...]]:
             continue
         absent = (
             (part == "pooler" and not config.add_pooler)
-            or (part == "head" and rest.split(".")[0] not in head_parts)
+            or (part == "head" and head_part(pattern) not in head_parts)
             or ("y" in entry.dims and config.num_token_types == 0)
         )
         if not absent:

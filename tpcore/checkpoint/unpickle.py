@@ -12,17 +12,20 @@ itself unpacks compressed records of any size, and trusts what a tensor says of 
 from __future__ import annotations
 
 import argparse
+import io
 import mmap
+import os
 import pickle
 import stat
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch.serialization import safe_globals
 
+from tpcore.checkpoint.archive import Window
 from tpcore.checkpoint.errors import CheckpointError
 from tpcore.checkpoint.pickle_scan import MAX_BYTES, PickleScan
 from tpcore.checkpoint.zip_directory import MAGIC, read_directory
@@ -143,11 +146,49 @@ def load_pickle(path: Path, where: str | None = None) -> Any:
             _scan_zip(data, where)
         else:
             _scan_legacy(data, where)
+    return _load(path, where, is_zip)
+
+
+class FileRange:
+    """Some bytes of a mapped file, in place of all of it."""
+
+    def __init__(self, data: mmap.mmap, offset: int, size: int, where: str) -> None:
+        if offset < 0 or size < 0 or offset + size > len(data):
+            raise CheckpointError(
+                f"{where}: lies at bytes {offset} to {offset + size}, but the file has {len(data)}"
+            )
+        self._data, self._offset, self._size = data, offset, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self._size)
+        return self._data[self._offset + start : self._offset + max(start, stop)]
+
+
+def load_embedded(path: Path, offset: int, size: int, where: str) -> Any:
+    """As `load_pickle`, of a zip file that is a range of another file; its tensors are read.
+
+    Raises:
+        CheckpointError: as `load_pickle`.
+    """
+    with _mapped(path, where) as data:
+        content = FileRange(data, offset, size, where)
+        if content[:4] != MAGIC:
+            raise CheckpointError(f"{where}: not a readable torch checkpoint, truncated or damaged")
+        _scan_zip(content, where)
+    window = Window(os.open(path, os.O_RDONLY), offset, size)
+    with cast(BinaryIO, io.BufferedReader(window)) as file:
+        return _load(file, where, False)
+
+
+def _load(file: Path | BinaryIO, where: str, mapped: bool) -> Any:
     try:
         with safe_globals(_ALLOWED), warnings.catch_warnings():
             # Advice for writers of pickles; what a reader needs to know is an error below.
             warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except MemoryError as error:
         raise CheckpointError(f"{where}: not enough memory to read it") from error
     except Exception as error:  # whatever a damaged file makes the reader raise
@@ -172,15 +213,16 @@ def check_records(path: Path, where: str | None = None) -> None:
     """
     where = str(path) if where is None else where
     with _mapped(path, where) as data:
-        if data[:4] != MAGIC:
-            return
-        for name, record in read_directory(data, where).items():
+        records = read_directory(data, where) if data[:4] == MAGIC else {}
+    # Ordinary reads: mapped pages would count as memory of the process.
+    with path.open("rb", buffering=0) as file:
+        for name, record in records.items():
             if record.crc == 0:
                 continue  # written without: torch.serialization.set_crc32_options(False)
-            crc = 0
-            for start in range(record.offset, record.offset + record.size, _CHUNK_BYTES):
-                end = min(start + _CHUNK_BYTES, record.offset + record.size)
-                crc = zlib.crc32(data[start:end], crc)
+            file.seek(record.offset)
+            crc, left = 0, record.size
+            while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
+                crc, left = zlib.crc32(chunk, crc), left - len(chunk)
             if crc != record.crc:
                 raise CheckpointError(
                     f"{where}: is damaged: {name} differs from its checksum; copy or download it "
@@ -204,7 +246,7 @@ def _mapped(path: Path, where: str) -> mmap.mmap:
         raise CheckpointError(f"{where}: cannot be opened ({error.strerror})") from error
 
 
-def _scan_zip(data: mmap.mmap, where: str) -> None:
+def _scan_zip(data: mmap.mmap | FileRange, where: str) -> None:
     records = read_directory(data, where)
     root = next(iter(records), "").partition("/")[0]
     pickled = records.get(f"{root}/data.pkl")

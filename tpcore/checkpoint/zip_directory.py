@@ -8,9 +8,8 @@ different readers, or to unpack to more than it holds.
 from __future__ import annotations
 
 import itertools
-import mmap
 import struct
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tpcore.checkpoint.errors import CheckpointError
 
@@ -26,6 +25,14 @@ _UNSET16, _UNSET32 = 0xFFFF, 0xFFFFFFFF
 _ENCRYPTED_OR_PATCHED = 0x0001 | 0x0020 | 0x0040 | 0x2000
 
 
+class Readable(Protocol):
+    """The bytes of a whole zip file: of a mapped file, of a part of one, or in memory."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> bytes: ...
+
+
 class Record(NamedTuple):
     """Where the bytes of a record are, and their checksum (0: none was written)."""
 
@@ -34,7 +41,7 @@ class Record(NamedTuple):
     crc: int
 
 
-def read_directory(data: mmap.mmap | bytes, where: str) -> dict[str, Record]:
+def read_directory(data: Readable, where: str) -> dict[str, Record]:
     """Name -> record of a whole zip file.
 
     Raises:
@@ -67,7 +74,7 @@ def read_directory(data: mmap.mmap | bytes, where: str) -> dict[str, Record]:
     return records
 
 
-def _locate(data: mmap.mmap | bytes, where: str) -> tuple[int, int, int]:
+def _locate(data: Readable, where: str) -> tuple[int, int, int]:
     """(number of entries, begin and end of the directory)."""
     end = len(data) - _END.size
     if end < 0 or data[end : end + 4] != b"PK\x05\x06":
@@ -104,7 +111,7 @@ def _locate(data: mmap.mmap | bytes, where: str) -> tuple[int, int, int]:
 
 
 def _entry(
-    data: mmap.mmap | bytes, at: int, end: int, limit: int, where: str
+    data: Readable, at: int, end: int, limit: int, where: str
 ) -> tuple[str, Record, int, int]:
     """(name, record, offset of its own header, where the next entry begins)."""
     sign, _, _, flags, method, _, _, crc, packed, size, name_length, *rest = _ENTRY.unpack(

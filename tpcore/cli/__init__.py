@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace, *, may_restart: bool) -> int:
-    from tpcore.train.launch import is_lost_rank, report_error, report_lost_rank
+    from tpcore.train.faults import DivergedError, StoppedError
+    from tpcore.train.launch import is_lost_rank, report_error, report_lost_rank, report_stopped
 
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
@@ -52,9 +53,9 @@ def _run(arguments: argparse.Namespace, *, may_restart: bool) -> int:
             if arguments.traceback:
                 traceback.print_exc()
             return report_lost_rank()
-        # Not imported for this: without the extra [finetune] it cannot be.
-        trainer = sys.modules.get("tpcore.train.trainer")
-        if trainer is None or not isinstance(error, trainer.DivergedError):
+        if isinstance(error, StoppedError):
+            return report_stopped(str(error), error.number)
+        if not isinstance(error, DivergedError):
             raise
         return report_error(str(error), DIVERGED)
 

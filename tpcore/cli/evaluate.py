@@ -25,15 +25,23 @@ def add_commands(commands: Commands) -> None:
 
     predict = commands.add_parser(
         "predict",
-        help="one JSON line for each line of text",
-        description="Predict: one JSON object on standard output for each input line.",
+        help="predictions of a run for a file or for lines of standard input",
+        description="Predict with a run: one JSON object on standard output for each text, "
+        "question or sentence, or a file in the task's own format.",
     )
     add_run_arguments(predict)
     predict.add_argument(
         "file",
         nargs="?",
         default="-",
-        help="data, labels not needed; default -: one text a line on standard input",
+        help="data as for training, labels not needed; default -: standard input, one text a line, "
+        "two with a tab between them, or a JSON object with question and context, as the task has "
+        "it",
+    )
+    predict.add_argument(
+        "--output",
+        metavar="FILE",
+        help="write there instead: JSON lines if it ends in .jsonl, else the task's own format",
     )
     predict.set_defaults(command=_predict, restarts=True)
 
@@ -54,8 +62,8 @@ def _load_run(arguments: argparse.Namespace) -> Any:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from tpcore.train.evaluation import named_metrics
     from tpcore.train.logging import RunLog, format_metrics
-    from tpcore.train.trainer import named_metrics
 
     run = _load_run(arguments)
     dataset = run.load(arguments.file)
@@ -81,11 +89,20 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 def _predict(arguments: argparse.Namespace) -> int:
     run = _load_run(arguments)
     if arguments.file == "-":
-        predictions = run.predict(_read_texts(), batch_size=arguments.batch_size)
+        places = ((f"standard input, line {n}", t) for n, t in enumerate(_read_texts(), start=1))
+        dataset = run.task.from_inputs([run.task.parse_line(text, at) for at, text in places])
     else:
         dataset = run.task.load(arguments.file, labelled=False)
+    predictions = []
+    if dataset.examples:
         predictions = run.evaluate_dataset(dataset, arguments.batch_size).predictions
-    if run.model.tp.rank == 0:
+    if run.model.tp.rank > 0:
+        return 0
+    for note in dataset.notes:
+        print(f"tpcore: note: {note}", file=sys.stderr)
+    if arguments.output:
+        run.task.write_predictions(arguments.output, dataset, predictions)
+    else:
         for prediction in predictions:
             print(json.dumps(prediction, ensure_ascii=False))
     return 0

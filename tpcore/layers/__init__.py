@@ -6,6 +6,7 @@ from tpcore.layers.attention import PackedSequences, SelfAttention
 from tpcore.layers.block import TransformerBlock
 from tpcore.layers.embedding import VocabParallelEmbedding
 from tpcore.layers.linear import ColumnParallelLinear, RowParallelLinear
+from tpcore.layers.linear_function import column_parallel_linear
 from tpcore.layers.loss import vocab_parallel_cross_entropy
 from tpcore.layers.mlp import MLP
 from tpcore.layers.norm import LayerNorm
@@ -19,5 +20,6 @@ __all__ = [
     "SelfAttention",
     "TransformerBlock",
     "VocabParallelEmbedding",
+    "column_parallel_linear",
     "vocab_parallel_cross_entropy",
 ]

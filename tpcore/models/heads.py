@@ -7,6 +7,7 @@ masked-LM head, which is the word-embedding table, is sharded over the vocabular
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +28,16 @@ from tpcore.parallel.sharding import Sharded, Sharding
 
 IGNORE_INDEX = -100
 """A token label that takes no part in the loss."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+"""Between the layers of a classifier that has more than one."""
+
+MAX_HEAD_LAYERS = 5
 
 
 class PreTrainingHead(nn.Module):
@@ -125,7 +136,11 @@ class _MaskedLMHead(nn.Module):
 
 
 class SequenceClassificationHead(nn.Module):
-    """`logits = dropout(pooled) W^T + b`, [b, num_labels].
+    """`logits = mlp(dropout(pooled))`, [b, num_labels].
+
+    The mlp is one linear layer, or with `num_layers` = k > 1 has k - 1 layers [h, h] with
+    `activation` before it; without `pooler` it sees the first token itself. (NeMo 1.x: two
+    layers, no pooler.)
 
     Loss: cross entropy with int labels [b]; with `regression` (one output) the mean squared
     error with float labels [b].
@@ -142,6 +157,9 @@ class SequenceClassificationHead(nn.Module):
         tp: TensorParallelGroup,
         dropout: float | None = None,
         regression: bool = False,
+        num_layers: int = 1,
+        activation: str = "relu",
+        pooler: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -149,7 +167,9 @@ class SequenceClassificationHead(nn.Module):
         if regression and num_labels != 1:
             raise ValueError(f"num_labels={num_labels} with regression=True; a regression has 1")
         self.regression = regression
+        self.pooler = pooler
         self.dropout = _Dropout(config, dropout)
+        self.hidden = HiddenLayers(config, num_layers, activation, device, dtype)
         self.classifier = _linear(config, num_labels, device, dtype)
 
     def forward(
@@ -160,8 +180,12 @@ class SequenceClassificationHead(nn.Module):
         dropout: DropoutContext | None,
         word_embeddings: VocabParallelEmbedding,
     ) -> BertOutput:
-        pooled = _pooled(output, "sequence_classification")
-        logits = self.classifier(self.dropout(pooled, packed.row_ids[packed.first_tokens], dropout))
+        if self.pooler:
+            pooled = _pooled(output, "sequence_classification")
+        else:
+            pooled = output.last_hidden_state[packed.first_tokens]
+        pooled = self.dropout(pooled, packed.row_ids[packed.first_tokens], dropout)
+        logits = self.classifier(self.hidden(pooled))
         loss = None
         if labels is not None and self.regression:
             loss = F.mse_loss(logits.float().squeeze(-1), labels.float())
@@ -171,7 +195,10 @@ class SequenceClassificationHead(nn.Module):
 
 
 class TokenClassificationHead(nn.Module):
-    """`logits = dropout(x) W^T + b`, [b, s, num_labels]; int labels [b, s], -100 = none."""
+    """`logits = mlp(dropout(x))`, [b, s, num_labels]; int labels [b, s], -100 = none.
+
+    The mlp: as in `SequenceClassificationHead`.
+    """
 
     labels_are_per_token = True
     logits_are_per_token = True
@@ -183,11 +210,14 @@ class TokenClassificationHead(nn.Module):
         *,
         tp: TensorParallelGroup,
         dropout: float | None = None,
+        num_layers: int = 1,
+        activation: str = "relu",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.dropout = _Dropout(config, dropout)
+        self.hidden = HiddenLayers(config, num_layers, activation, device, dtype)
         self.classifier = _linear(config, num_labels, device, dtype)
 
     def forward(
@@ -199,7 +229,7 @@ class TokenClassificationHead(nn.Module):
         word_embeddings: VocabParallelEmbedding,
     ) -> BertOutput:
         hidden = self.dropout(output.last_hidden_state, packed.row_ids, dropout)
-        logits = self.classifier(hidden)
+        logits = self.classifier(self.hidden(hidden))
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE_INDEX)
@@ -209,6 +239,7 @@ class TokenClassificationHead(nn.Module):
 class QuestionAnsweringHead(nn.Module):
     """Start and end logits of an answer span, [b, s] each.
 
+    The mlp: as in `SequenceClassificationHead`, with two outputs.
     Labels: int [b, 2], the columns of the first and the last answer token. The loss is the mean
     of the two cross entropies over a sequence's own tokens; columns outside it are ignored.
     """
@@ -221,10 +252,15 @@ class QuestionAnsweringHead(nn.Module):
         config: BertConfig,
         *,
         tp: TensorParallelGroup,
+        dropout: float = 0.0,
+        num_layers: int = 1,
+        activation: str = "relu",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.dropout = _Dropout(config, dropout)
+        self.hidden = HiddenLayers(config, num_layers, activation, device, dtype)
         self.outputs = _linear(config, 2, device, dtype)
 
     def forward(
@@ -235,7 +271,8 @@ class QuestionAnsweringHead(nn.Module):
         dropout: DropoutContext | None,
         word_embeddings: VocabParallelEmbedding,
     ) -> BertOutput:
-        start_logits, end_logits = self.outputs(output.last_hidden_state).unbind(-1)
+        hidden = self.dropout(output.last_hidden_state, packed.row_ids, dropout)
+        start_logits, end_logits = self.outputs(self.hidden(hidden)).unbind(-1)
         loss = None
         if labels is not None:
             if labels.dim() != 2 or labels.shape[1] != 2:
@@ -287,6 +324,33 @@ class _Dropout(nn.Module):
         return bias_dropout_residual(
             x, p=self.p, seed=dropout.seed, stream=self.stream, row_ids=row_ids
         )
+
+
+class HiddenLayers(nn.ModuleList):
+    """All but the last linear layer of a classifier, each followed by an activation."""
+
+    def __init__(
+        self,
+        config: BertConfig,
+        num_layers: int,
+        activation: str,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}"
+            )
+        if not 1 <= num_layers <= MAX_HEAD_LAYERS:
+            raise ValueError(f"num_layers={num_layers} is not a number from 1 to {MAX_HEAD_LAYERS}")
+        layers = (_linear(config, config.hidden_size, device, dtype) for _ in range(1, num_layers))
+        super().__init__(layers)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = ACTIVATIONS[self.activation](layer(x))
+        return x
 
 
 def _linear(

@@ -10,9 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from tpcore.tasks.glue import Glue
     from tpcore.tasks.question_answering import QuestionAnswering
+    from tpcore.tasks.relation_extraction import RelationExtraction
     from tpcore.tasks.task import DataError, Dataset, Example, Task, TaskBatch
     from tpcore.tasks.text_classification import TextClassification
+    from tpcore.tasks.text_regression import TextRegression
     from tpcore.tasks.token_classification import TokenClassification
 
 # Public name -> the module that it is an attribute of.
@@ -20,10 +23,13 @@ _HOMES = {
     "DataError": "task",
     "Dataset": "task",
     "Example": "task",
+    "Glue": "glue",
     "QuestionAnswering": "question_answering",
+    "RelationExtraction": "relation_extraction",
     "Task": "task",
     "TaskBatch": "task",
     "TextClassification": "text_classification",
+    "TextRegression": "text_regression",
     "TokenClassification": "token_classification",
 }
 
@@ -32,18 +38,24 @@ __all__ = [
     "DataError",
     "Dataset",
     "Example",
+    "Glue",
     "QuestionAnswering",
+    "RelationExtraction",
     "Task",
     "TaskBatch",
     "TextClassification",
+    "TextRegression",
     "TokenClassification",
     "task_class",
 ]
 
 TASKS = {
     "text_classification": "TextClassification",
+    "text_regression": "TextRegression",
+    "glue": "Glue",
     "token_classification": "TokenClassification",
     "question_answering": "QuestionAnswering",
+    "relation_extraction": "RelationExtraction",
 }
 """The name that a configuration's `task:` has -> the class."""
 

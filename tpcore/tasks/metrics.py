@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
 
@@ -60,6 +61,20 @@ class ClassificationScores:
                 counts = "  ".join(f"{count:>{cells}}" for count in row)
                 lines.append(f"{label:<{width}}  {counts}")
         return "\n".join(lines)
+
+
+def correlations(true: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
+    """Pearson's and Spearman's correlation and the mean squared error.
+
+    A correlation is 0 where one side is constant, and undefined therefore.
+    """
+    pairs = list(zip(true, predicted, strict=True))
+    is_constant = len(set(true)) < 2 or len(set(predicted)) < 2
+    return {
+        "pearson": 0.0 if is_constant else float(pearsonr(true, predicted)[0]),
+        "spearman": 0.0 if is_constant else float(spearmanr(true, predicted)[0]),
+        "mse": sum((value - other) ** 2 for value, other in pairs) / len(pairs),
+    }
 
 
 def score_classification(

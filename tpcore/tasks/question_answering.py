@@ -31,7 +31,8 @@ from torch import Tensor
 from tpcore.models.heads import span_losses, token_table
 from tpcore.models.output import BertOutput
 from tpcore.models.packing import pack_sequences
-from tpcore.tasks.settings import Source
+from tpcore.tasks.json_lines import get_text, parse_object
+from tpcore.tasks.sections import Source
 from tpcore.tasks.squad_files import Question, read_questions
 from tpcore.tasks.squad_metrics import SquadScores, score_answers
 from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch
@@ -219,6 +220,13 @@ class QuestionAnswering:
             key = str(value.get("id", number))
             questions.append(Question(key, value["question"], value["context"]))
         return self._encode("input", questions, [])
+
+    def parse_line(self, line: str, where: str) -> Any:
+        value = parse_object(line, where)
+        for key in ("question", "context"):
+            if not get_text(value, (key,), where).strip():
+                raise DataError(f"{where}: the {key} is empty")
+        return value
 
     def collate(
         self, examples: Sequence[Example], device: torch.device | str | None = None

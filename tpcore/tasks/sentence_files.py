@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tpcore.tasks.json_lines import check_text, get_text, kind_of, read_objects
-from tpcore.tasks.settings import Source
+from tpcore.tasks.sections import Source
 from tpcore.tasks.task import DataError
 from tpcore.tasks.text_file import Line, read_lines
 

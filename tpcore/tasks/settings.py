@@ -6,150 +6,28 @@ that users of NeMo have in their files. No torch here.
 
 from __future__ import annotations
 
-import difflib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-Source = str | os.PathLike[str] | tuple[str | os.PathLike[str], ...]
-"""A data file, or the files that are one only together: texts, and the labels of their words."""
-
-Rule = tuple[bool, str, str]
-"""(whether a value is as it should be, its key below `model`, what is expected)."""
-
-_IN_MEMORY = "data is held in memory and nothing is loaded in the background"
-_ONE_LAYER = "the head is one linear layer"
-_NO_MEANING = {
-    **{
-        f"{part}.{key}": _IN_MEMORY
-        for part in ("dataset", "train_ds", "validation_ds", "test_ds")
-        for key in ("num_workers", "pin_memory", "drop_last")
-    },
-    "validation_ds.shuffle": "evaluation has no order",
-    "test_ds.shuffle": "evaluation has no order",
-    "dataset.use_cache": "encoded data is never cached on disk",
-    "dataset.do_lower_case": "case follows the vocabulary; model.tokenizer.do_lower_case changes "
-    "that",
-    "nemo_path": "a run is written to exp_manager.exp_dir",
-    "library": "there is one encoder",
-    "save_model": "a run is written to exp_manager.exp_dir",
-    "target": "the task decides that",
-    "nemo_version": "it says what wrote the file",
-    "tokenizer.tokenizer_model": "the tokenizer is WordPiece, from model.tokenizer.vocab_file",
-    "tokenizer.special_tokens": "they are those of BERT",
-    "optim.sched.last_epoch": "a schedule starts at step 0",
-    "optim.sched.monitor": "set exp_manager.checkpoint_callback_params.monitor",
-    "optim.sched.reduce_on_plateau": "the schedule is a function of the step",
-}
-"""Keys of NeMo's files that change nothing here: below `model`, with the reason why."""
-
-
-def _head_keys(section: str, *keys: str) -> dict[str, str]:
-    names = (*keys, "activation", "log_softmax", "use_transformer_init")
-    return {f"{section}.{key}": _ONE_LAYER for key in names}
-
-
-def expect(ok: bool, key: str, expected: str) -> Rule:
-    """A rule, for `TaskSections.rules`."""
-    return ok, key, expected
-
-
-def one_of(key: str, value: Any, choices: Sequence[Any]) -> Rule:
-    """The rule that `value` is one of `choices`, with the nearest of them."""
-    near = difflib.get_close_matches(str(value), [str(choice) for choice in choices], n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    shown = ", ".join("null" if choice is None else str(choice) for choice in choices)
-    return value in choices, key, f"one of {shown}{hint}"
-
-
-@dataclass
-class DatasetConfig:
-    """model.dataset: what all data files have in common."""
-
-    max_seq_length: int = 256
-    """Longer texts are cut to so many tokens, special ones included."""
-
-
-@dataclass
-class DataConfig:
-    """model.validation_ds and model.test_ds: data to evaluate on."""
-
-    batch_size: int = 32
-    """Examples of one batch, over all data-parallel ranks together; never cut by their number."""
-    num_samples: int = -1
-    """Use only the first so many examples; -1: all."""
-
-
-@dataclass
-class TrainDataConfig(DataConfig):
-    """model.train_ds: data to learn from."""
-
-    shuffle: bool = True
-    """A new order in every epoch, decided by the seed alone."""
-
-
-@dataclass
-class FileConfig(DataConfig):
-    """The same, in one file."""
-
-    file_path: str | None = None
-    """The data file."""
-
-
-@dataclass
-class TrainFileConfig(TrainDataConfig, FileConfig):
-    """model.train_ds: data to learn from, in one file."""
-
-
-@dataclass
-class TaskSections:
-    """What the sections of every task have in common.
-
-    A task overrides the sections that have keys of its own, and adds its head's.
-    """
-
-    no_meaning: ClassVar[Mapping[str, str]] = MappingProxyType(_NO_MEANING)
-    """Keys that NeMo knows and that change nothing here, with the reason why."""
-    defaults: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """Dotted keys of the whole configuration whose default this task changes."""
-    file_key: ClassVar[str] = "file_path"
-    """Of the parts of the data: what to set."""
-
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    train_ds: TrainDataConfig = field(default_factory=TrainDataConfig)
-    validation_ds: DataConfig = field(default_factory=DataConfig)
-    test_ds: DataConfig = field(default_factory=DataConfig)
-
-    def source(self, part: str) -> Source | None:
-        """The data of `train_ds`, `validation_ds` or `test_ds`; None: there is none."""
-        path = getattr(getattr(self, part), self.file_key)
-        return path or None
-
-    def rules(self) -> Iterator[Rule]:
-        """What values must be; the first that fails becomes an error."""
-        for part in ("train_ds", "validation_ds", "test_ds"):
-            data: DataConfig = getattr(self, part)
-            yield expect(data.batch_size > 0, f"{part}.batch_size", "a positive number of examples")
-            yield expect(
-                data.num_samples > 0 or data.num_samples == -1,
-                f"{part}.num_samples",
-                "a positive number of examples, or -1 for all",
-            )
-        yield expect(
-            self.dataset.max_seq_length >= 3, "dataset.max_seq_length", "at least 3 tokens"
-        )
-
-
-@dataclass
-class ClassLabelsConfig:
-    """model.class_labels: names of the classes."""
-
-    class_labels_file: str | None = None
-    """File with one label a line, in the order of their ids; null: sorted as in the data."""
-
+from tpcore.tasks.sections import (
+    NO_MEANING,
+    ClassLabelsConfig,
+    DataConfig,
+    DatasetConfig,
+    FileConfig,
+    Rule,
+    Source,
+    TaskSections,
+    TrainDataConfig,
+    TrainFileConfig,
+    expect,
+    head_keys,
+    is_dropout,
+    one_of,
+)
 
 # --- text classification ------------------------------------------------------------------------
 
@@ -164,6 +42,8 @@ class TextDatasetConfig(DatasetConfig):
     """Column of the text: its name in the header, or its number from 0; null: found."""
     label_column: str | None = None
     """Column of the label, likewise."""
+    pair_column: str | None = None
+    """Column of a second text, likewise; null: none, unless a header has sentence2 or the like."""
     header: bool | None = None
     """Whether the first line of a data file names the columns; null: found."""
     class_balancing: str | None = None
@@ -183,8 +63,8 @@ class TextClassificationSections(TaskSections):
     """Keys of task=text_classification."""
 
     no_meaning: ClassVar[Mapping[str, str]] = MappingProxyType(
-        _NO_MEANING
-        | _head_keys("classifier_head", "num_output_layers")
+        NO_MEANING
+        | head_keys("classifier_head", "num_output_layers")
         | {"infer_samples": "`tpcore predict` takes texts from a file or standard input"}
     )
 
@@ -206,9 +86,98 @@ class TextClassificationSections(TaskSections):
         yield is_dropout("classifier_head.fc_dropout", dropout)
 
 
-def is_dropout(key: str, value: float | None) -> Rule:
-    """The rule that `value` can be a dropout probability."""
-    return expect(value is None or 0 <= value < 1, key, "a probability below 1")
+# --- text regression, GLUE ----------------------------------------------------------------------
+
+
+@dataclass
+class ValueDatasetConfig(DatasetConfig):
+    """model.dataset of text_regression."""
+
+    text_column: str | None = None
+    """Column of the text: its name in the header, or its number from 0; null: found."""
+    label_column: str | None = None
+    """Column of the number, likewise."""
+    pair_column: str | None = None
+    """Column of a second text, likewise; null: none, unless a header has sentence2 or the like."""
+    header: bool | None = None
+    """Whether the first line of a data file names the columns; null: found."""
+
+
+@dataclass
+class TextRegressionSections(TaskSections):
+    """Keys of task=text_regression."""
+
+    no_meaning: ClassVar[Mapping[str, str]] = MappingProxyType(
+        NO_MEANING | head_keys("classifier_head", "num_output_layers")
+    )
+
+    dataset: ValueDatasetConfig = field(default_factory=ValueDatasetConfig)
+    train_ds: TrainFileConfig = field(default_factory=TrainFileConfig)
+    validation_ds: FileConfig = field(default_factory=FileConfig)
+    test_ds: FileConfig = field(default_factory=FileConfig)
+    classifier_head: ClassifierHeadConfig = field(default_factory=ClassifierHeadConfig)
+
+    def rules(self) -> Iterator[Rule]:
+        """See the base class."""
+        yield from super().rules()
+        yield is_dropout("classifier_head.fc_dropout", self.classifier_head.fc_dropout)
+
+
+GLUE_TASKS = ("cola", "sst-2", "mrpc", "sts-b", "qqp", "mnli", "qnli", "rte", "wnli")
+
+
+@dataclass
+class GlueDatasetConfig(DatasetConfig):
+    """model.dataset of glue."""
+
+    data_dir: str | None = None
+    """The task's folder, as GLUE has it; null: `ds_item` is a path of its own."""
+    max_seq_length: int = 128
+    """Longer texts are cut to so many tokens, special ones included."""
+
+
+@dataclass
+class GlueFileConfig(DataConfig):
+    """model.validation_ds and model.test_ds of glue."""
+
+    ds_item: str | None = None
+    """File of `data_dir`: train.tsv, dev.tsv, dev_matched.tsv, dev_mismatched.tsv."""
+
+
+@dataclass
+class TrainGlueFileConfig(TrainDataConfig, GlueFileConfig):
+    """model.train_ds of glue."""
+
+
+@dataclass
+class GlueSections(TaskSections):
+    """Keys of task=glue."""
+
+    no_meaning: ClassVar[Mapping[str, str]] = MappingProxyType(
+        NO_MEANING
+        | head_keys("classifier_head", "num_output_layers")
+        | {"supported_tasks": "model.task_name says which"}
+    )
+    file_key: ClassVar[str] = "ds_item"
+
+    task_name: str = "mrpc"
+    """One of cola, sst-2, mrpc, sts-b, qqp, mnli, qnli, rte, wnli."""
+    dataset: GlueDatasetConfig = field(default_factory=GlueDatasetConfig)
+    train_ds: TrainGlueFileConfig = field(default_factory=TrainGlueFileConfig)
+    validation_ds: GlueFileConfig = field(default_factory=GlueFileConfig)
+    test_ds: GlueFileConfig = field(default_factory=GlueFileConfig)
+    classifier_head: ClassifierHeadConfig = field(default_factory=ClassifierHeadConfig)
+
+    def source(self, part: str) -> Source | None:
+        """A file below `data_dir`."""
+        item = getattr(self, part).ds_item
+        return str(Path(self.dataset.data_dir or "") / item) if item else None
+
+    def rules(self) -> Iterator[Rule]:
+        """See the base class."""
+        yield from super().rules()
+        yield one_of("task_name", self.task_name, GLUE_TASKS)
+        yield is_dropout("classifier_head.fc_dropout", self.classifier_head.fc_dropout)
 
 
 # --- token classification -----------------------------------------------------------------------
@@ -270,8 +239,8 @@ class TokenClassificationSections(TaskSections):
     """Keys of task=token_classification."""
 
     no_meaning: ClassVar[Mapping[str, str]] = MappingProxyType(
-        _NO_MEANING
-        | _head_keys("head", "num_fc_layers")
+        NO_MEANING
+        | head_keys("head", "num_fc_layers")
         | {"label_ids": "set model.class_labels.class_labels_file"}
     )
 
@@ -296,6 +265,19 @@ class TokenClassificationSections(TaskSections):
             return str(folder / data.text_file), str(folder / data.labels_file)
         return None
 
+    def labels_file(self) -> str | None:
+        """The file of labels, in `data_dir` if it is there.
+
+        NeMo's files have label_ids.csv here whether there is one or not: it writes it itself.
+        """
+        name = self.class_labels.class_labels_file
+        if name is None:
+            return None
+        inside = Path(self.dataset.data_dir or "") / name
+        if name == "label_ids.csv" and not inside.exists() and not Path(name).exists():
+            return None
+        return str(inside) if inside.exists() else name
+
     def rules(self) -> Iterator[Rule]:
         """See the base class."""
         yield from super().rules()
@@ -319,6 +301,28 @@ class TokenClassificationSections(TaskSections):
             f"at least 1 and at most max_seq_length - 2 = {room}",
         )
         yield is_dropout("head.fc_dropout", self.head.fc_dropout)
+
+
+# --- relation extraction ------------------------------------------------------------------------
+
+
+@dataclass
+class RelationDatasetConfig(TextDatasetConfig):
+    """model.dataset of relation_extraction."""
+
+    markers: list[str] | None = None
+    """What marks entities in the texts; null: found: `<< >> [[ ]]`, `<e1> </e1>`, `@GENE$`."""
+    add_markers: bool = False
+    """Make each marker a token of its own, with a new row of the word embeddings."""
+    negative_label: str | None = None
+    """The label that is no relation, left out of micro_f1; null: one such as Other, false or 0."""
+
+
+@dataclass
+class RelationExtractionSections(TextClassificationSections):
+    """Keys of task=relation_extraction."""
+
+    dataset: RelationDatasetConfig = field(default_factory=RelationDatasetConfig)
 
 
 # --- question answering -------------------------------------------------------------------------
@@ -367,7 +371,7 @@ class QuestionAnsweringSections(TaskSections):
     """Keys of task=question_answering."""
 
     no_meaning: ClassVar[Mapping[str, str]] = MappingProxyType(
-        _NO_MEANING | _head_keys("token_classifier", "num_layers", "dropout", "num_classes")
+        NO_MEANING | head_keys("token_classifier", "num_layers", "dropout", "num_classes")
     )
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
@@ -400,7 +404,10 @@ class QuestionAnsweringSections(TaskSections):
 
 SECTIONS: dict[str, type[TaskSections]] = {
     "text_classification": TextClassificationSections,
+    "text_regression": TextRegressionSections,
+    "glue": GlueSections,
     "token_classification": TokenClassificationSections,
     "question_answering": QuestionAnsweringSections,
+    "relation_extraction": RelationExtractionSections,
 }
 """By the name that a configuration's `task:` has."""

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tpcore.models.output import BertOutput
 from tpcore.models.packing import PackedBatch
-from tpcore.tasks.settings import Source
+from tpcore.tasks.sections import Source
 from tpcore.tokenizer import WordPieceTokenizer
 
 Path = str | PathLike[str]
@@ -100,9 +100,12 @@ class Task(Protocol):
     """As in the configuration's `task:`."""
     head_name: ClassVar[str]
     """Of `tpcore.models.heads.HEADS`."""
-    monitor: ClassVar[Monitor]
-    """One of the keys of `metrics`."""
     tokenizer: WordPieceTokenizer
+
+    @property
+    def monitor(self) -> Monitor:
+        """One of the keys of `metrics`."""
+        ...
 
     @classmethod
     def create(cls, config: Any, tokenizer: WordPieceTokenizer, train_path: Source | None) -> Task:
@@ -141,6 +144,14 @@ class Task(Protocol):
 
     def from_inputs(self, inputs: Iterable[Any]) -> Dataset:
         """Unlabelled records that did not come from a file, for predictions."""
+        ...
+
+    def parse_line(self, line: str, where: str) -> Any:
+        """One of `inputs` of `from_inputs`, from a line of standard input.
+
+        Raises:
+            DataError: the line is not of the form that this task wants; `where` is its place.
+        """
         ...
 
     def collate(

@@ -1,4 +1,4 @@
-"""Text classification: one label for each text, from tab-separated files.
+"""Text classification: one label for each text or pair of texts.
 
     head        sequence classification: one linear layer on the pooled first token
     loss        sum of cross entropies -log softmax(logits)[label] in fp32, each with the weight of
@@ -6,8 +6,8 @@
     decoding    the most probable label
     metrics     accuracy, macro-F1, precision / recall / F1 of each class
 
-Files have one text a line with its label in another column, in either order, with or without a
-header (see `columns`): `ham<TAB>See you at five`, or NeMo's `a fine film<TAB>1`.
+Files are tables (tab-separated, .csv, or .jsonl) with a text and its label in columns of any order,
+with or without a header (see `columns`): `ham<TAB>See you at five`, or NeMo's `a fine film<TAB>1`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from os import PathLike
 from typing import Any, ClassVar, TypedDict
 
@@ -24,23 +24,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpcore.models.output import BertOutput
-from tpcore.models.packing import pack_sequences
 from tpcore.tasks.columns import ColumnSettings, Layout, Row, find_layout, read_rows
 from tpcore.tasks.labels import NUM_SHOWN, Labels
 from tpcore.tasks.metrics import ClassificationScores, score_classification
+from tpcore.tasks.sections import Source
 from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch
 from tpcore.tasks.text_file import write_whole
+from tpcore.tasks.texts import (
+    TextRecord,
+    collate_texts,
+    encode_texts,
+    load_texts,
+    parse_texts,
+    texts_of_inputs,
+)
 from tpcore.tokenizer import WordPieceTokenizer
-
-
-@dataclass(frozen=True, slots=True)
-class TextRecord:
-    """One line of a data file."""
-
-    line: int
-    """Its number, from 1."""
-    text: str
-    label: str | None = None
 
 
 class TextPrediction(TypedDict):
@@ -95,7 +93,7 @@ class TextClassification:
         cls,
         config: Any,
         tokenizer: WordPieceTokenizer,
-        train_path: str | PathLike[str] | None,
+        train_path: Source | None,
     ) -> TextClassification:
         """A task for a new run.
 
@@ -115,7 +113,7 @@ class TextClassification:
             ValueError: labels and num_classes do not fit; DataError when a file cannot be used.
         """
         data, labels_file = config.dataset, config.class_labels.class_labels_file
-        columns = ColumnSettings(data.text_column, data.label_column, data.header)
+        columns = ColumnSettings(data.text_column, data.label_column, data.header, data.pair_column)
         labels = None if labels_file is None else Labels.from_file(labels_file)
         weights = layout = None
         if train_path is None:
@@ -126,6 +124,7 @@ class TextClassification:
             if data.class_balancing:
                 raise ValueError("class balancing counts labels in a training file; give one")
         else:
+            assert not isinstance(train_path, tuple)
             rows, _ = read_rows(train_path)
             is_known = None if labels is None else labels.is_known
             layout = find_layout(rows, train_path, columns, is_known_label=is_known)
@@ -179,73 +178,47 @@ class TextClassification:
     def head_kwargs(self) -> dict[str, Any]:
         return {"num_labels": len(self.labels), "dropout": self.dropout}
 
-    def load(
-        self, path: str | PathLike[str], *, num_samples: int = -1, labelled: bool = True
-    ) -> Dataset:
-        """Read a tab-separated file; without labels, also one text a line.
+    def load(self, path: Source, *, num_samples: int = -1, labelled: bool = True) -> Dataset:
+        """Read a table; without labels, also one text a line.
 
         Raises:
             DataError: the file cannot be used.
         """
-        if num_samples < 1 and num_samples != -1:
-            raise ValueError(f"num_samples={num_samples}; expected a positive number, or -1: all")
-        rows, num_blank = read_rows(path)
-        layout = find_layout(
-            rows,
+        assert not isinstance(path, tuple)
+
+        def parse(cell: str, where: str) -> str:
+            return self.labels.names[self.labels.id_of(cell, where)]
+
+        records, notes = load_texts(
             path,
             self.columns,
+            self.layout,
+            parse,
+            num_samples=num_samples,
             labelled=labelled,
             is_known_label=self.labels.is_known,
-            like=self.layout,
         )
-        rows = rows[layout.has_header :]
-        if num_samples != -1:
-            rows = rows[:num_samples]
-        records = []
-        for row in rows:
-            text = row.cells[layout.text]
-            if not text.strip():
-                raise DataError(f"{path}:{row.line}: the text is empty; remove the line or fill it")
-            label = None
-            if layout.label is not None:
-                cell = row.cells[layout.label].strip()
-                label = self.labels.names[self.labels.id_of(cell, f"{path}:{row.line}")]
-            records.append(TextRecord(row.line, text, label))
-        notes = [f"{path}: {layout}"]
         if labelled:
-            notes += _class_notes(str(path), [record.label or "" for record in records])
-        if num_blank:
-            notes.append(f"{path}: {num_blank} blank line(s) left out")
+            notes[1:1] = class_notes(str(path), [record.label for record in records])
         return self._encode(str(path), records, notes)
 
     def from_inputs(self, inputs: Iterable[Any]) -> Dataset:
-        """Texts, as strings.
+        """Texts as strings, or pairs of them.
 
         Raises:
-            TypeError: an input is not a string.
+            TypeError: an input is neither.
         """
-        records = []
-        for number, text in enumerate(inputs, start=1):
-            if not isinstance(text, str):
-                raise TypeError(f"input {number} is a {type(text).__name__}; expected a text")
-            records.append(TextRecord(number, text))
-        return self._encode("input", records, [])
+        return self._encode("input", texts_of_inputs(inputs), [])
+
+    def parse_line(self, line: str, where: str) -> Any:
+        has_pairs = self.layout is not None and self.layout.pair is not None
+        return parse_texts(line, where, pairs=has_pairs)
 
     def collate(
         self, examples: Sequence[Example], device: torch.device | str | None = None
     ) -> TaskBatch:
         """Packed tokens and, where all examples have one, `labels["label"]`: int64 [b]."""
-        packed = pack_sequences(
-            [example.input_ids for example in examples],
-            [example.type_ids for example in examples],
-            sample_ids=[example.index for example in examples],
-            device=device,
-        )
-        labels = {}
-        if all(example.labels is not None for example in examples):
-            targets = [example.labels for example in examples]
-            labels["label"] = torch.tensor(targets, dtype=torch.int64, device=device)
-        return TaskBatch(tuple(examples), packed, labels)
+        return collate_texts(examples, device, torch.int64)
 
     def label_counts(self, batch: TaskBatch) -> tuple[float, ...]:
         if self.class_weights is None:
@@ -304,41 +277,26 @@ class TextClassification:
                         "probabilities": prediction["probabilities"],
                         "label": record.label,
                         "text": record.text,
+                        **({} if record.pair is None else {"pair": record.pair}),
                     },
                     ensure_ascii=False,
                 )
                 for record, prediction in pairs
             ]
         else:
-            lines = ["line\tprediction\tprobability\tlabel\ttext"]
+            has_pairs = any(record.pair is not None for record in dataset.records)
+            lines = ["line\tprediction\tprobability\tlabel\ttext" + "\tpair" * has_pairs]
             for record, prediction in pairs:
                 label = prediction["label"]
                 probability = f"{prediction['probabilities'][label]:.6f}"
-                text = record.text.translate({9: " ", 10: " ", 13: " "})
+                texts = [record.text] if record.pair is None else [record.text, record.pair]
+                text = "\t".join(part.translate({9: " ", 10: " ", 13: " "}) for part in texts)
                 lines.append(f"{record.line}\t{label}\t{probability}\t{record.label or ''}\t{text}")
         write_whole(path, "".join(f"{line}\n" for line in lines))
 
     def _encode(self, source: str, records: list[TextRecord], notes: list[str]) -> Dataset:
-        texts = [record.text for record in records]
-        encodings = self.tokenizer.encode_batch(texts, max_length=self.max_seq_length)
-        examples = [
-            Example(
-                index=index,
-                input_ids=encoding.ids,
-                type_ids=encoding.type_ids,
-                labels=None if record.label is None else self.labels.find(record.label),
-                record=index,
-            )
-            for index, (record, encoding) in enumerate(zip(records, encodings, strict=True))
-        ]
-        num_cut = sum(encoding.num_truncated > 0 for encoding in encodings)
-        if num_cut:
-            longest = max(len(encoding) + encoding.num_truncated for encoding in encodings)
-            notes.append(
-                f"{source}: {num_cut} text(s) cut to model.dataset.max_seq_length="
-                f"{self.max_seq_length} tokens; the longest has {longest}"
-            )
-        return Dataset(source, records, examples, tuple(notes))
+        targets = [None if r.label is None else self.labels.find(r.label) for r in records]
+        return encode_texts(source, records, targets, notes, self.tokenizer, self.max_seq_length)
 
     def _score(
         self, dataset: Dataset, predictions: Sequence[TextPrediction]
@@ -356,7 +314,7 @@ class TextClassification:
         )
 
 
-def _class_notes(source: str, labels: Sequence[str]) -> list[str]:
+def class_notes(source: str, labels: Sequence[str]) -> list[str]:
     """The classes of a file with their counts, and what looks like a slip among them."""
     counts = Counter(labels)
     shown = [f"{name} {count}" for name, count in sorted(counts.items())[:NUM_SHOWN]]

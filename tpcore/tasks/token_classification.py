@@ -36,6 +36,7 @@ from tpcore.tasks.entities import (
 )
 from tpcore.tasks.labels import Labels
 from tpcore.tasks.metrics import score_classification
+from tpcore.tasks.sections import Source
 from tpcore.tasks.sentence_files import (
     RawSentence,
     SentenceFile,
@@ -51,7 +52,6 @@ from tpcore.tasks.sentences import (
     label_tokens,
     place_words,
 )
-from tpcore.tasks.settings import Source
 from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch
 from tpcore.tasks.text_file import write_whole
 from tpcore.tokenizer import WordPieceTokenizer
@@ -143,7 +143,7 @@ class TokenClassification:
         Raises:
             ValueError: settings do not fit; DataError when a file cannot be used.
         """
-        data, labels_file = config.dataset, config.class_labels.class_labels_file
+        data, labels_file = config.dataset, config.labels_file()
         columns = {"token_column": data.token_column, "label_column": data.label_column}
         labels = None if labels_file is None else Labels.from_file(labels_file)
         if labels is not None and labels.names[0] != data.pad_label:
@@ -269,6 +269,9 @@ class TokenClassification:
                     "words"
                 )
         return self._encode(SentenceFile("input", "input", raws, "input"), labelled=False)
+
+    def parse_line(self, line: str, where: str) -> Any:
+        return line
 
     def collate(
         self, examples: Sequence[Example], device: torch.device | str | None = None

@@ -15,8 +15,12 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from tpcore.tasks.settings import SECTIONS, TaskSections
+from tpcore.tasks.sections import TaskSections
+from tpcore.tasks.settings import SECTIONS
 from tpcore.train.schedule import SCHEDULES
+
+PRECISIONS = ("32", "bf16-mixed", "bf16", "16-mixed", "16", "32-true", "bf16-true")
+"""Of `trainer.precision`; the last three are other names of the first, third and fourth."""
 
 
 class ConfigError(ValueError):
@@ -71,7 +75,7 @@ class OptimConfig:
     """model.optim: how weights follow gradients."""
 
     name: str = "adamw"
-    """`adamw`, or `adam`: weight decay added to the gradient."""
+    """`adamw`; `adam`: weight decay added to the gradient; `fused_adam`: AdamW of NVIDIA apex."""
     lr: float = 5e-5
     """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -80,6 +84,8 @@ class OptimConfig:
     """Of matrices and embeddings; norms and biases have none."""
     eps: float = 1e-8
     """Added to the root of the second moment."""
+    layerwise_lr_decay: float = 1.0
+    """Each block learns this much slower than the one above it; 1: all alike."""
     sched: SchedConfig = field(default_factory=SchedConfig)
 
 
@@ -89,6 +95,12 @@ class ModelConfig(TaskSections):
 
     tensor_model_parallel_size: int | None = None
     """Ranks over which each layer is split; null: all of them."""
+    sequence_parallel: bool = False
+    """Split the tokens over the same ranks wherever layers are not: less memory, same results."""
+    activations_checkpoint_granularity: str | None = None
+    """`full` or `selective`: compute activations again in the backward; null: keep them."""
+    frozen_parameters: list[str] = field(default_factory=list)
+    """Patterns of names that are not trained, as [embeddings.*, blocks.0.*]."""
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -107,7 +119,12 @@ class TrainerConfig:
     gradient_clip_val: float | None = 1.0
     """Largest global gradient norm; null: no clipping."""
     precision: str = "32"
-    """32, or bf16-mixed: bfloat16 arithmetic on fp32 weights."""
+    """32; bf16-mixed or 16-mixed: 16-bit arithmetic on fp32 weights, float16 with loss scaling;
+    bf16: bfloat16 weights, of which the optimizer keeps fp32 copies."""
+    loss_scale: float = 65536.0
+    """Of 16-mixed, to begin with; halved when gradients overflow."""
+    loss_scale_window: int = 1000
+    """Steps without overflow after which the loss scale is doubled."""
     val_check_interval: float = 1.0
     """Validate after this fraction of an epoch; above 1: after so many optimizer steps."""
     log_every_n_steps: int = 10
@@ -120,6 +137,8 @@ class TrainerConfig:
     """CPU threads of each rank; null: cores / ranks."""
     enable_progress_bar: bool = True
     """A progress bar where the console is a terminal."""
+    timeout_s: float = 600.0
+    """A rank that makes no progress for so long is named, and the run ends."""
 
 
 @dataclass
@@ -134,6 +153,22 @@ class CheckpointCallbackConfig:
     """How many of the best checkpoints to keep; 0: none."""
     save_last: bool = True
     """Keep <name>-last.ckpt, rewritten after each validation."""
+    every_n_train_steps: int | None = None
+    """Rewrite <name>-last.ckpt after so many steps too, for epochs that take hours."""
+
+
+@dataclass
+class EarlyStoppingConfig:
+    """exp_manager.early_stopping_callback_params: when more training does not help."""
+
+    monitor: str | None = None
+    """Metric to watch; null: the one that chooses the best checkpoint."""
+    mode: str | None = None
+    """`max` or `min`; null: what suits the metric."""
+    patience: int = 3
+    """Validations without improvement after which the run ends."""
+    min_delta: float = 0.0
+    """What counts as an improvement."""
 
 
 @dataclass
@@ -146,6 +181,13 @@ class ExpManagerConfig:
     """Name of the experiment: a folder, and the start of file names."""
     version: str | None = None
     """Folder of this run; null: date and time of its start."""
+    resume_if_exists: bool = False
+    """Go on with the run of this version; without a version: with the newest unfinished one."""
+    create_tensorboard_logger: bool = True
+    """Write event files for TensorBoard beside metrics.jsonl."""
+    create_early_stopping_callback: bool = False
+    """End the run when the metric no longer improves."""
+    early_stopping_callback_params: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     checkpoint_callback_params: CheckpointCallbackConfig = field(
         default_factory=CheckpointCallbackConfig
     )
@@ -156,7 +198,8 @@ class TrainConfig:
     """All keys of `tpcore finetune`."""
 
     task: str = MISSING
-    """What is learnt: a name of `tasks.settings.SECTIONS`."""
+    """What is learnt: text_classification, token_classification, question_answering, ...;
+    docs/tasks.md has them all."""
     model: ModelConfig = field(default_factory=ModelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
@@ -214,7 +257,7 @@ def check_values(config: TrainConfig, sources: Mapping[str, str]) -> None:
     check(tp_size is None or tp_size > 0, "model.tensor_model_parallel_size", "a positive number")
     for ok, key, expected in model.rules():
         check(ok, f"model.{key}", expected)
-    one_of("model.optim.name", optim.name, ("adamw", "adam"))
+    one_of("model.optim.name", optim.name, ("adamw", "adam", "fused_adam"))
     check(0 < optim.lr < math.inf, "model.optim.lr", "a positive number")
     check(
         len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas),
@@ -223,6 +266,12 @@ def check_values(config: TrainConfig, sources: Mapping[str, str]) -> None:
     )
     check(optim.weight_decay >= 0, "model.optim.weight_decay", "zero or a positive number")
     check(optim.eps > 0, "model.optim.eps", "a positive number")
+    check(0 < optim.layerwise_lr_decay <= 1, "model.optim.layerwise_lr_decay", "a number in (0, 1]")
+    one_of(
+        "model.activations_checkpoint_granularity",
+        model.activations_checkpoint_granularity,
+        (None, "full", "selective"),
+    )
     one_of("model.optim.sched.name", optim.sched.name, tuple(SCHEDULES))
     if optim.sched.warmup_steps is not None and optim.sched.warmup_ratio is not None:
         raise ConfigError("model.optim.sched has both warmup_steps and warmup_ratio; give one")
@@ -245,7 +294,10 @@ def check_values(config: TrainConfig, sources: Mapping[str, str]) -> None:
     check(trainer.accumulate_grad_batches > 0, "trainer.accumulate_grad_batches", "at least 1")
     clip = trainer.gradient_clip_val
     check(clip is None or clip > 0, "trainer.gradient_clip_val", "a positive number, or null")
-    one_of("trainer.precision", trainer.precision, ("32", "bf16-mixed"))
+    one_of("trainer.precision", trainer.precision, PRECISIONS)
+    check(0 < trainer.loss_scale < 2**32, "trainer.loss_scale", "a positive number below 2**32")
+    check(trainer.loss_scale_window > 0, "trainer.loss_scale_window", "a positive number of steps")
+    check(trainer.timeout_s >= 1, "trainer.timeout_s", "at least 1 second")
     interval = trainer.val_check_interval
     check(
         0 < interval <= 1 or (interval > 1 and interval == int(interval)),
@@ -261,6 +313,24 @@ def check_values(config: TrainConfig, sources: Mapping[str, str]) -> None:
         "a positive number of threads, or null",
     )
     one_of("exp_manager.checkpoint_callback_params.mode", params.mode, (None, "max", "min"))
+    every = params.every_n_train_steps
+    check(
+        every is None or every > 0,
+        "exp_manager.checkpoint_callback_params.every_n_train_steps",
+        "a positive number of steps, or null",
+    )
+    stopping = config.exp_manager.early_stopping_callback_params
+    one_of("exp_manager.early_stopping_callback_params.mode", stopping.mode, (None, "max", "min"))
+    check(
+        stopping.patience > 0,
+        "exp_manager.early_stopping_callback_params.patience",
+        "a positive number of validations",
+    )
+    check(
+        stopping.min_delta >= 0,
+        "exp_manager.early_stopping_callback_params.min_delta",
+        "zero or a positive number",
+    )
     check(
         params.save_top_k >= 0,
         "exp_manager.checkpoint_callback_params.save_top_k",

@@ -36,12 +36,13 @@ def evaluate(
     dp: DataParallelGroup,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    beat: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Run `model` in evaluation mode over `dataset`; the mode is restored afterwards.
 
     Batches are cut from the examples in order of length and dealt to the data-parallel ranks in
     turn. Loss sums are added in the order of the batches, so that the result is the same at every
-    data-parallel size.
+    data-parallel size. `beat` is told of every batch.
     """
     order = sorted(dataset.examples, key=len)
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -51,6 +52,7 @@ def evaluate(
     model.eval()
     with torch.inference_mode(), autocast():
         for number in range(dp.rank, len(batches), dp.size):
+            beat(f"batch {number + 1} of {len(batches)} of {dataset.source}")
             batch = task.collate(batches[number], device)
             output = model.forward_packed(batch.packed)
             for example, result in zip(batch.examples, task.decode(output, batch), strict=True):
@@ -79,3 +81,9 @@ def _total_loss(sums: dict[int, tuple[list[float], list[float]]]) -> float:
     losses = [sum(term) for term in zip(*(losses for losses, _ in in_order), strict=True)]
     counts = [sum(term) for term in zip(*(counts for _, counts in in_order), strict=True)]
     return sum(loss / count if count else 0.0 for loss, count in zip(losses, counts, strict=True))
+
+
+def named_metrics(evaluation: Evaluation, part: str) -> dict[str, float]:
+    """Loss and metrics under the names of `part`: val_loss, val_accuracy."""
+    loss = {} if evaluation.loss is None else {"loss": evaluation.loss}
+    return {f"{part}_{name}": value for name, value in (loss | evaluation.metrics).items()}

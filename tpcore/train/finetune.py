@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-import torch.distributed as dist
 
 from tpcore.memory import keep_freed_memory
 from tpcore.parallel.group import (
@@ -14,12 +11,13 @@ from tpcore.parallel.group import (
     destroy_parallel,
     init_parallel,
 )
-from tpcore.train.config import ConfigError, TrainConfig
-from tpcore.train.launch import environment_int, on_all_ranks, set_num_threads
+from tpcore.train.config import ConfigError, ExpManagerConfig, TrainConfig
+from tpcore.train.launch import environment_int, of_first_rank, on_all_ranks, set_num_threads
 from tpcore.train.logging import RunLog
 from tpcore.train.prepare import build_model, prepare
-from tpcore.train.run_state import run_path
-from tpcore.train.trainer import FitResult, Trainer
+from tpcore.train.run_state import RunChoice, choose_run
+from tpcore.train.saving import FitResult
+from tpcore.train.trainer import Trainer
 
 
 def finetune(config: TrainConfig) -> FitResult:
@@ -28,13 +26,14 @@ def finetune(config: TrainConfig) -> FitResult:
     Raises:
         ValueError: ConfigError, CheckpointError or DataError, before anything is written.
         DivergedError: loss or gradient became infinite or NaN.
+        StoppedError: a signal came, and the state is saved.
     """
     keep_freed_memory()  # before the first tensor; the command line has done more
     threads = set_num_threads(config.trainer.num_threads)
     # All that needs no other rank is checked before there is a process group to wait in.
     job = prepare(config, environment_int("WORLD_SIZE", 1))
     device = choose_device(config.trainer.accelerator)
-    tp, dp = start_parallel(job.tensor_parallel_size, device)
+    tp, dp = start_parallel(job.tensor_parallel_size, device, config.trainer.timeout_s)
     is_first = tp.rank == 0 and dp.rank == 0
     log = RunLog(enabled=is_first, progress_bar=config.trainer.enable_progress_bar)
     for note in job.notes:
@@ -46,8 +45,8 @@ def finetune(config: TrainConfig) -> FitResult:
     try:
         with log.capture():
             model = on_all_ranks(lambda: build_model(job, tp, device), tp, dp)
-        path = _agree_on_path(run_path(config.exp_manager), tp, dp)
-        result = Trainer(job, model, tp=tp, dp=dp, run_path=path, log=log).fit()
+        run = _agree_on_run(config.exp_manager, tp, dp)
+        result = Trainer(job, model, tp=tp, dp=dp, run=run, log=log).fit()
     finally:
         log.close()
     destroy_parallel()
@@ -74,16 +73,16 @@ def choose_device(accelerator: str) -> torch.device:
 
 
 def start_parallel(
-    tensor_parallel_size: int, device: torch.device
+    tensor_parallel_size: int, device: torch.device, timeout_s: float = 600
 ) -> tuple[TensorParallelGroup, DataParallelGroup]:
     """`init_parallel` with the backend that suits the device."""
-    return init_parallel(tensor_parallel_size, backend="gloo" if device.type == "cpu" else None)
+    return init_parallel(
+        tensor_parallel_size, backend="gloo" if device.type == "cpu" else None, timeout_s=timeout_s
+    )
 
 
-def _agree_on_path(path: Path, tp: TensorParallelGroup, dp: DataParallelGroup) -> Path:
-    """Rank 0's path on every rank: each of them has looked at its own clock."""
-    if tp.size * dp.size == 1:
-        return path
-    paths = [str(path)]
-    dist.broadcast_object_list(paths, src=0)
-    return Path(paths[0])
+def _agree_on_run(
+    config: ExpManagerConfig, tp: TensorParallelGroup, dp: DataParallelGroup
+) -> RunChoice:
+    """Rank 0's choice on every rank: each of them has its own clock."""
+    return of_first_rank(on_all_ranks(lambda: choose_run(config), tp, dp), tp, dp)

@@ -81,6 +81,18 @@ def report_interrupt() -> int:
     return report_error("interrupted", INTERRUPTED)
 
 
+def report_stopped(message: str, number: int) -> int:
+    """End after the ranks have saved because of a signal; returns 128 + its number."""
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, signal.SIG_IGN)  # a launcher passes on what all have heard
+    if environment_int("RANK", 0) == 0 and not os.environ.get(_LAUNCHED):
+        report_error(message, FAILED)
+    if is_under_torchrun():
+        sys.stdout.flush()
+        os._exit(128 + number)
+    return 128 + number
+
+
 def is_lost_rank(error: BaseException) -> bool:
     """Whether a collective failed because another rank is gone."""
     return environment_int("WORLD_SIZE", 1) > 1 and _LOST.search(str(error)) is not None
@@ -123,6 +135,18 @@ def on_all_ranks(action: Callable[[], T], tp: TensorParallelGroup, dp: DataParal
     if error is not None:
         raise error
     return result[0]
+
+
+def of_first_rank(value: T, tp: TensorParallelGroup, dp: DataParallelGroup) -> T:
+    """The value of the first rank of all, on every rank; it travels as a pickle."""
+    import torch.distributed as dist
+
+    for group in (dp, tp):
+        if group.size > 1:
+            gathered = [value] * group.size
+            dist.all_gather_object(gathered, value, group=group.process_group)
+            value = gathered[0]
+    return value
 
 
 def num_cores() -> int:

@@ -36,12 +36,23 @@ class RunLog:
         self._before_folder: list[str] = []
         self._log_file: IO[str] | None = None
         self._metrics_file: IO[str] | None = None
+        self._events: Any = None
         self._bar: Progress | None = None
 
-    def open_folder(self, folder: Path) -> None:
-        """Write log.txt and metrics.jsonl from now on; what was said before goes there too."""
+    def open_folder(self, folder: Path, *, tensorboard: bool = False, first_step: int = 1) -> None:
+        """Write log.txt and metrics.jsonl from now on; what was said before goes there too.
+
+        Args:
+            folder: of the run.
+            tensorboard: write event files too.
+            first_step: of a resumed run: what TensorBoard has seen of later steps is void.
+        """
         if not self.enabled:
             return
+        if tensorboard:
+            self._events = _event_writer(folder, first_step)
+            if self._events is None:
+                self.info("TensorBoard is not installed: no event files")
         self._log_file = (folder / LOG_FILE).open("a", encoding="utf-8", buffering=1)
         self._metrics_file = (folder / METRICS_FILE).open("a", encoding="utf-8", buffering=1)
         self._log_file.writelines(f"{line}\n" for line in self._before_folder)
@@ -68,8 +79,14 @@ class RunLog:
 
     def metrics(self, record: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl; floats keep all their digits."""
-        if self.enabled and self._metrics_file is not None:
+        if not self.enabled:
+            return
+        if self._metrics_file is not None:
             self._metrics_file.write(json.dumps(record) + "\n")
+        if self._events is not None:
+            for name, value in record.items():
+                if name not in ("step", "epoch"):
+                    self._events.add_scalar(name, value, record["step"])
 
     def start_progress(self, total_steps: int) -> None:
         """Begin the progress bar of a run."""
@@ -131,6 +148,9 @@ class RunLog:
     def close(self) -> None:
         """End the bar and close the files."""
         self.stop_progress()
+        if self._events is not None:
+            self._events.close()
+            self._events = None
         for file in (self._log_file, self._metrics_file):
             if file is not None:
                 file.close()
@@ -141,6 +161,15 @@ class RunLog:
             self._log_file.write(text + "\n")
         else:
             self._before_folder.append(text)
+
+
+def _event_writer(folder: Path, first_step: int) -> Any:
+    """TensorBoard's writer, imported by nobody else: it takes a second. None: not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=first_step)
 
 
 class _Forward(logging.Handler):

@@ -1,118 +1,112 @@
-"""Optimizer, and the arithmetic of gradients that live on several ranks.
-
-A tensor-parallel rank holds shards of some parameters and whole copies of the others; a
-data-parallel rank holds the same parameters as its peers and gradients of other examples. The
-functions here give what one process with the whole model and the whole batch would compute.
-"""
+"""Optimizers, and which parameters they treat in which way."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tpcore.parallel.collectives import all_reduce
-from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
-from tpcore.parallel.sharding import Replicated, sharding_table
-from tpcore.train.config import OptimConfig
+from tpcore.train.config import ConfigError, OptimConfig
 
-BUCKET_BYTES = 32 * 2**20
-"""Gradients are summed over ranks in pieces of about this size: few messages, little memory."""
-
-CLIP_EPSILON = 1e-6
-"""Keeps the clip factor finite for zero gradients; torch.nn.utils.clip_grad_norm_ adds the same."""
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices and embedding tables, and what has no decay: norms and biases.
+def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
+    """Take the parameters whose names match a pattern out of the training; returns their number.
 
-    A shard has as many dimensions as the whole, so the groups do not depend on the size.
+    Args:
+        model: any module.
+        patterns: as `embeddings.*` or `blocks.[0-5].*`.
+
+    Raises:
+        ConfigError: a pattern that matches nothing, or nothing is left to learn.
     """
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    names = dict(model.named_parameters())
+    frozen: set[str] = set()
+    for pattern in patterns:
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            raise ConfigError(
+                f"model.frozen_parameters: {pattern!r} matches none of the parameters; they are "
+                f"named like {', '.join(list(names)[:: max(1, len(names) // 5)])}"
+            )
+        frozen.update(matching)
+    if len(frozen) == len(names):
+        raise ConfigError("model.frozen_parameters names all parameters; leave some to be trained")
+    for name in frozen:
+        names[name].requires_grad_(False)
+    return len(frozen)
+
+
+def learning_rate_scale(name: str, num_layers: int, decay: float) -> float:
+    """The factor of a parameter's learning rate under layer-wise decay (arXiv 1905.05583, 5.3).
+
+    embeddings                  decay ** (num_layers + 1)
+    block i (from 0)            decay ** (num_layers - i)
+    final norm, pooler, head    1
+    """
+    block = _BLOCK.match(name)
+    if block:
+        return decay ** (num_layers - int(block.group(1)))
+    return decay ** (num_layers + 1) if name.startswith("embeddings.") else 1.0
+
+
+def parameter_groups(
+    parameters: Mapping[str, nn.Parameter], weight_decay: float, lr_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: without weight decay are norms and biases, all with one dimension.
+
+    A shard has as many dimensions as the whole, so the groups do not depend on the size. Each
+    group has `lr_scale`, which `set_learning_rate` multiplies the learning rate by.
+    """
+    num_layers = sum(1 for name in parameters if name.endswith(".input_norm.weight"))
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        scale = learning_rate_scale(name, num_layers, lr_decay)
+        decay = weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((scale, decay), []).append(parameter)
     return [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": members, "weight_decay": decay, "lr_scale": scale}
+        for (scale, decay), members in groups.items()
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW or Adam of torch, in its fused form (one kernel over all parameters)."""
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: OptimConfig
+) -> torch.optim.Optimizer:
+    """AdamW or Adam of torch, in its fused form (one kernel over all parameters), or apex's.
+
+    Raises:
+        ConfigError: apex was asked for and is not there.
+    """
+    groups = parameter_groups(parameters, config.weight_decay, config.layerwise_lr_decay)
+    betas = (config.betas[0], config.betas[1])
+    if config.name == "fused_adam":
+        optimizer: torch.optim.Optimizer = _apex_fused_adam()(
+            groups, lr=config.lr, betas=betas, eps=config.eps, adam_w_mode=True
+        )
+        return optimizer
     cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
-    return cls(
-        parameter_groups(model, config.weight_decay),
-        lr=config.lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        fused=True,
-    )
-
-
-def sum_gradients(parameters: Iterable[nn.Parameter], dp: DataParallelGroup) -> None:
-    """Replace every gradient by its sum over the data-parallel ranks.
-
-    A parameter without a gradient counts as zeros: a rank whose share of a small batch is empty
-    takes part all the same.
-    """
-    if dp.size == 1:
-        return
-    gradients = []
-    for parameter in parameters:
-        if parameter.requires_grad:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-    for bucket in _buckets(gradients):
-        flat = all_reduce(torch.cat([gradient.reshape(-1) for gradient in bucket]), dp)
-        pieces = flat.split([gradient.numel() for gradient in bucket])
-        for gradient, piece in zip(bucket, pieces, strict=True):
-            gradient.copy_(piece.view_as(gradient))
-
-
-def gradient_norm(model: nn.Module, tp: TensorParallelGroup) -> Tensor:
-    """The L2 norm of the gradient of the whole model: a scalar, fp32, equal on all ranks of `tp`.
-
-        norm^2 = sum over ranks of (shards) + (replicated parameters, of one rank only)
-
-    The squares of the norms of single tensors are summed in fp64: cuts move only the last digit.
-    """
-    table = sharding_table(model)
-    counted = [
-        parameter.grad
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None and (tp.rank == 0 or not isinstance(table[name], Replicated))
-    ]
-    device = next(model.parameters()).device
-    total = torch.zeros(1, dtype=torch.float64, device=device)
-    if counted:
-        norms = torch._foreach_norm(counted, dtype=torch.float32)
-        total += torch.stack(list(norms)).double().square().sum()
-    return all_reduce(total, tp).sqrt().float().squeeze(0)
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Multiply every gradient by `min(1, max_norm / (norm + 1e-6))`, in place."""
-    factor = (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if gradients:
-        torch._foreach_mul_(gradients, factor)
+    return cls(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group."""
+    """Set the learning rate of every group: `lr` times its own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
 
 
-def _buckets(gradients: Sequence[Tensor]) -> Iterable[list[Tensor]]:
-    bucket: list[Tensor] = []
-    size = 0
-    for gradient in gradients:
-        if bucket and (size + gradient.nbytes > BUCKET_BYTES or gradient.dtype != bucket[0].dtype):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(gradient)
-        size += gradient.nbytes
-    if bucket:
-        yield bucket
+def _apex_fused_adam() -> Any:
+    try:
+        from apex.optimizers import FusedAdam  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise ConfigError(
+            "model.optim.name=fused_adam needs NVIDIA apex (github.com/NVIDIA/apex, built with its "
+            f"CUDA extensions; the package `apex` of PyPI is another one): {error}; or use "
+            "model.optim.name=adamw, which is fused too"
+        ) from error
+    return FusedAdam

@@ -22,13 +22,21 @@ from tpcore.checkpoint.state import check_tensor_parallel_size, check_vocabulary
 from tpcore.models.bert import BertModel
 from tpcore.models.config import BertConfig
 from tpcore.models.heads import build_head
+from tpcore.models.vocabulary import grow_vocabulary
 from tpcore.parallel.group import TensorParallelGroup
 from tpcore.tasks import DataError, Dataset, Task, task_class
-from tpcore.tasks.settings import DataConfig
+from tpcore.tasks.sections import DataConfig
 from tpcore.tokenizer import SHIPPED, WordPieceTokenizer
-from tpcore.train.config import ConfigError, ModelConfig, TrainConfig
+from tpcore.train.config import (
+    CheckpointCallbackConfig,
+    ConfigError,
+    EarlyStoppingConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from tpcore.train.launch import check_num_threads
-from tpcore.train.run_state import check_writable, run_path
+from tpcore.train.precision import precision_of
+from tpcore.train.run_state import choose_run
 from tpcore.train.schedule import Schedule
 
 # Names of Megatron's and NeMo's configurations -> those of BertConfig.
@@ -68,8 +76,12 @@ class Job:
     schedule: Schedule
     monitor: tuple[str, str]
     """Metric that chooses the best checkpoint, as `val_accuracy`, and "max" or "min"."""
+    stopping_monitor: tuple[str, str]
+    """The same for the one that early stopping watches."""
     notes: tuple[str, ...]
     """What a user should hear before the run begins."""
+    new_tokens: tuple[tuple[int, ...], ...] = ()
+    """The pieces, until now, of each token that the task adds to the vocabulary."""
 
     @property
     def total_steps(self) -> int:
@@ -91,7 +103,7 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
             f"use {_divisors(num_ranks)}, or start a multiple of {tp_size} ranks"
         )
     check_num_threads(config.trainer.num_threads)
-    check_writable(run_path(config.exp_manager))
+    choose_run(config.exp_manager)
     path = checkpoint_path(model)
     overrides = encoder_overrides(model)
     info = None
@@ -124,6 +136,8 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
         key = f"model.train_ds.{model.file_key}"
         raise ConfigError(f"no value for {key}; pass {key}=...")
     task = task_class(config.task).create(model, tokenizer, source)
+    added = task.tokenizer.vocabulary[tokenizer.vocab_size :]
+    new_tokens = tuple(tuple(tokenizer.encode(token).ids[1:-1]) for token in added)
     if task.head_name == "sequence_classification" and overrides.get("add_pooler") is False:
         raise ConfigError(
             "model.language_model.config has add_pooler=False, but a classifier works "
@@ -138,6 +152,8 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
     steps_per_epoch = math.ceil(batches / config.trainer.accumulate_grad_batches)
     head = ", ".join(f"{name}={value}" for name, value in task.head_kwargs().items())
     notes = [start, f"new head: {task.head_name} ({head})"]
+    if added:
+        notes.append(f"{len(added)} tokens added to the vocabulary: {' '.join(added)}")
     for dataset in (train, validation, test):
         if dataset is not None:
             notes.append(f"{dataset.source}: {len(dataset.examples)} examples")
@@ -157,8 +173,10 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
         tensor_parallel_size=tp_size,
         steps_per_epoch=steps_per_epoch,
         schedule=_schedule(config, steps_per_epoch),
-        monitor=_monitor(config, task),
+        monitor=_monitor(config.exp_manager.checkpoint_callback_params, task),
+        stopping_monitor=_stopping_monitor(config, task),
         notes=tuple(notes),
+        new_tokens=new_tokens,
     )
 
 
@@ -170,7 +188,9 @@ def build_model(job: Job, tp: TensorParallelGroup, device: torch.device) -> Bert
         ConfigError: the model does not fit into memory.
     """
     try:
-        return _build_model(job, tp, device)
+        model = _build_model(job, tp, device)
+        grow_vocabulary(model, job.new_tokens)
+        return model
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and (
             "allocate memory" not in str(error)
@@ -182,31 +202,25 @@ def build_model(job: Job, tp: TensorParallelGroup, device: torch.device) -> Bert
 
 def _build_model(job: Job, tp: TensorParallelGroup, device: torch.device) -> BertModel:
     head, kwargs = job.task.head_name, job.task.head_kwargs()
+    config = job.config.model
+    options: dict[str, Any] = {
+        "sequence_parallel": config.sequence_parallel,
+        "activation_checkpointing": config.activations_checkpoint_granularity,
+        # Where weights are not float32, the layers' own gradients are.
+        "accumulate_main_grad": precision_of(job.config.trainer.precision).weights != torch.float32,
+    }
     torch.manual_seed(job.config.trainer.seed)
-    if job.checkpoint is not None and not job.has_same_head:
-        return checkpoint.load(
-            job.checkpoint,
-            tp=tp,
-            head=head,
-            head_kwargs=kwargs,
-            vocab_size=job.encoder.vocab_size,
-            device=device,
-            dtype=torch.float32,
-            **job.overrides,
-        )
     if job.checkpoint is None:
-        model = BertModel(job.encoder, tp=tp, device=device, dtype=torch.float32)
+        model = BertModel(job.encoder, tp=tp, device=device, dtype=torch.float32, **options)
     else:
-        # The file's own head is of another task with other labels: leave it there.
+        options |= {"vocab_size": job.encoder.vocab_size, **job.overrides}
+        # A file's own head of this kind is of another task with other labels: leave it there.
+        options |= {"head": None} if job.has_same_head else {"head": head, "head_kwargs": kwargs}
         model = checkpoint.load(
-            job.checkpoint,
-            tp=tp,
-            head=None,
-            vocab_size=job.encoder.vocab_size,
-            device=device,
-            dtype=torch.float32,
-            **job.overrides,
+            job.checkpoint, tp=tp, device=device, dtype=torch.float32, **options
         )
+        if not job.has_same_head:
+            return model
     model.head = build_head(head, model.config, tp=tp, device=device, dtype=torch.float32, **kwargs)
     return model
 
@@ -344,8 +358,15 @@ def _schedule(config: TrainConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-def _monitor(config: TrainConfig, task: Task) -> tuple[str, str]:
-    params = config.exp_manager.checkpoint_callback_params
+def _stopping_monitor(config: TrainConfig, task: Task) -> tuple[str, str]:
+    params = config.exp_manager.early_stopping_callback_params
+    if params.monitor is None:
+        metric, mode = _monitor(config.exp_manager.checkpoint_callback_params, task)
+        return metric, params.mode or mode
+    return _monitor(params, task)
+
+
+def _monitor(params: CheckpointCallbackConfig | EarlyStoppingConfig, task: Task) -> tuple[str, str]:
     metric, mode = task.monitor
     if params.monitor is not None:
         metric = params.monitor.removeprefix("val_")

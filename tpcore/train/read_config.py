@@ -19,6 +19,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import tpcore.tasks.sections as sections_module
 import tpcore.tasks.settings as settings_module
 import tpcore.train.config as config_module
 from tpcore.tasks.settings import SECTIONS
@@ -37,7 +38,6 @@ _ELSEWHERE = {
     "trainer.num_nodes": "the number of nodes is torchrun's --nnodes",
     "trainer.strategy": "there is one strategy; set model.tensor_model_parallel_size",
     "trainer.amp_level": "set trainer.precision",
-    "model.optim.sched.max_steps": "set trainer.max_steps or trainer.max_epochs",
 }
 
 
@@ -71,6 +71,11 @@ def load_config(
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"{override!r} (command line): {_one_line(error)}") from error
     cls = _class_for(parts)
+    if cls is TrainConfig:
+        where = f" ({path})" if path is not None else ""
+        raise ConfigError(
+            f"no value for task{where}; add it, or pass task=...: {', '.join(SECTIONS)}"
+        )
     merged = OmegaConf.structured(cls)
     for key, value in _task_defaults(cls).items():
         OmegaConf.update(merged, key, value)
@@ -98,6 +103,17 @@ def save_config(config: TrainConfig, path: str | Path) -> str:
     text = OmegaConf.to_yaml(OmegaConf.structured(config))
     Path(path).write_text(text, encoding="utf-8")
     return text
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """The values of all keys, by their dotted names."""
+    values = {}
+    for key, _, _ in _fields(type(config)):
+        value: Any = config
+        for name in key.split("."):
+            value = getattr(value, name)
+        values[key] = value
+    return values
 
 
 def _class_for(parts: Sequence[tuple[DictConfig, Callable[[str], str]]]) -> type[TrainConfig]:
@@ -165,7 +181,7 @@ def _attribute_docstrings() -> dict[tuple[str, str], str]:
     A class that inherits a field inherits its documentation.
     """
     docs: dict[tuple[str, str], str] = {}
-    modules = (settings_module, config_module)
+    modules = (sections_module, settings_module, config_module)
     for node in [node for m in modules for node in ast.parse(inspect.getsource(m)).body]:
         if not isinstance(node, ast.ClassDef):
             continue

@@ -8,7 +8,7 @@ run.evaluate("validation.tsv").metrics
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,28 +19,27 @@ from tpcore import checkpoint
 from tpcore.checkpoint import CheckpointInfo
 from tpcore.checkpoint.errors import CheckpointError
 from tpcore.checkpoint.folders import check_apart
-from tpcore.checkpoint.names import VOCABULARY_PARAMETERS
-from tpcore.checkpoint.state import check_tensor_parallel_size, resize_vocabulary
+from tpcore.checkpoint.state import check_tensor_parallel_size
 from tpcore.models.bert import BertModel
 from tpcore.models.config import BertConfig
 from tpcore.models.heads import build_head
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
-from tpcore.parallel.sharding import Replicated, Sharded, shard, unshard
 from tpcore.tasks import Dataset, Task, task_class
 from tpcore.tokenizer import WordPieceTokenizer
+from tpcore.train.checkpoint_files import (
+    find_checkpoint,
+    find_file,
+    list_checkpoints,
+    read_all_ranks,
+    read_checkpoint,
+    read_manifest,
+)
 from tpcore.train.config import TrainConfig
 from tpcore.train.evaluation import Evaluation, evaluate
 from tpcore.train.read_config import load_config
 from tpcore.train.run_folder import CONFIG_FILE, MODEL_FILE, TASK_FILE
-from tpcore.train.run_state import (
-    TOKENIZER_FOLDER,
-    find_checkpoint,
-    find_run,
-    rank_folder,
-    read_all_ranks,
-    read_checkpoint,
-    read_json,
-)
+from tpcore.train.run_state import TOKENIZER_FOLDER, find_run, read_json
+from tpcore.train.training_state import own_weights
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,8 @@ def load_run(
             f"{folder}: {MODEL_FILE} or {TASK_FILE} is damaged: {error}"
         ) from error
     filename = find_checkpoint(folder, which)
-    _load_weights(model, read_all_ranks(folder, filename), f"{folder}: {filename}")
+    files = read_all_ranks(folder, filename)
+    model.load_state_dict(own_weights(files, model, model.state_dict(), f"{folder}: {filename}"))
     target = torch.device(device or "cpu")
     return Run(
         path=folder,
@@ -178,7 +178,8 @@ def export_run(
 def describe_run(path: Path) -> dict[str, Any]:
     """Facts about a run, for people and JSON; reads no weights."""
     filename = find_checkpoint(path)
-    content = read_checkpoint(rank_folder(path, 0) / filename)
+    manifest = read_manifest(path, filename)
+    content = read_checkpoint(find_file(path, manifest, 0))
     description = read_json(path / MODEL_FILE)
     return {
         "path": str(path),
@@ -186,7 +187,7 @@ def describe_run(path: Path) -> dict[str, Any]:
         "task": read_json(path / TASK_FILE)["task"],
         "head": description["head"],
         "head_kwargs": description["head_kwargs"],
-        "checkpoints": [file.name for file in sorted(rank_folder(path, 0).glob("*.ckpt"))],
+        "checkpoints": sorted(manifest.filename for manifest in list_checkpoints(path)[0]),
         "best checkpoint": filename,
         "epoch": content["epoch"],
         "global_step": content["global_step"],
@@ -212,26 +213,3 @@ def _check_consistent(
             f"{folder}: {TASK_FILE} has {wanted} labels, but {MODEL_FILE} a head of "
             f"{found['num_labels']}; restore the file"
         )
-
-
-def _load_weights(model: BertModel, files: Sequence[Mapping[str, Any]], where: str) -> None:
-    """Join the shards of all files and keep this rank's part, one parameter at a time."""
-    target = model.state_dict()
-    names = set(files[0]["state_dict"])
-    if names != set(target):
-        difference = ", ".join(sorted(names ^ set(target)))
-        raise CheckpointError(f"{where}: parameters do not match the model: {difference}")
-    rank, size = model.tp.rank, model.tp.size
-    for name, tensor in target.items():
-        dim = files[0]["sharded_dim"][name]
-        sharding = Replicated() if dim is None else Sharded(dim)
-        full = unshard([content["state_dict"][name] for content in files], sharding, name=name)
-        if name in VOCABULARY_PARAMETERS:
-            # Padding depends on the size: cut to the true vocabulary, then pad for this one.
-            full = resize_vocabulary(full[: model.config.vocab_size], tensor.shape[0] * size)
-        part = shard(full, sharding, rank, size, name=name)
-        if part.shape != tensor.shape:
-            raise CheckpointError(
-                f"{where}: {name} has shape {list(part.shape)}; expected {list(tensor.shape)}"
-            )
-        tensor.copy_(part)

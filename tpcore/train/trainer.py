@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,48 +20,48 @@ from tpcore.models.bert import BertModel
 from tpcore.parallel.collectives import all_reduce
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
 from tpcore.parallel.random import step_seed
+from tpcore.parallel.sharding import sharding_table
 from tpcore.tasks.task import Dataset, Example
-from tpcore.train.config import ConfigError
-from tpcore.train.evaluation import Evaluation, evaluate
-from tpcore.train.launch import on_all_ranks
-from tpcore.train.logging import RunLog, format_metrics
-from tpcore.train.optimizer import (
-    build_optimizer,
+from tpcore.train.checkpoint_files import Progress
+from tpcore.train.evaluation import Evaluation, evaluate, named_metrics
+from tpcore.train.faults import (
+    SIGNALS,
+    DivergedError,
+    StoppedError,
+    StopSignals,
+    Watchdog,
+    agreed_signal,
+    describe_ranks,
+    watchdog_store,
+)
+from tpcore.train.gradients import (
     clip_gradients,
     gradient_norm,
-    set_learning_rate,
+    has_overflow,
+    scale_gradients,
     sum_gradients,
 )
+from tpcore.train.logging import RunLog, format_metrics
+from tpcore.train.optimizer import build_optimizer, freeze, set_learning_rate
+from tpcore.train.precision import LossScaler, Weights, precision_of
 from tpcore.train.prepare import Job
-from tpcore.train.run_state import (
-    CheckpointKeeper,
-    Progress,
-    create_run,
-    rank_folder,
-    read_checkpoint,
-    write_checkpoint,
-)
+from tpcore.train.run_state import RunChoice
+from tpcore.train.saving import FitResult, Position, RunStore, TrainingState
 
 _ORDER_STREAM = 1 << 32
 """Added to the epoch so that data order and dropout, which counts steps, use different seeds."""
 
 
-class DivergedError(RuntimeError):
-    """Loss or gradient is not a finite number; there is nothing to go on with."""
+class StepResult(NamedTuple):
+    """One optimizer step, equal on all ranks."""
 
-
-@dataclass(frozen=True)
-class FitResult:
-    """How a run ended."""
-
-    path: Path
-    global_step: int
-    last: dict[str, float]
-    """Metrics of the last validation."""
-    best: dict[str, float]
-    """Metrics of the best one; empty without validation data."""
-    test: dict[str, float]
-    """Of the best checkpoint on model.test_ds; empty without."""
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    skipped: bool = False
+    """Gradients overflowed, and the loss scale is lower now."""
+    signal: int | None = None
+    """A rank was told to stop."""
 
 
 class Trainer:
@@ -72,10 +69,10 @@ class Trainer:
 
     Args:
         job: What to do, from `prepare`.
-        model: This rank's part of the model.
+        model: This rank's part of the model, in float32.
         tp: The ranks that share a copy of the model.
         dp: The ranks that hold the same part.
-        run_path: Folder of the run, the same on all ranks; `fit` makes it.
+        run: Folder of the run, the same on all ranks; `fit` makes it or goes on in it.
         log: Speaks on global rank 0.
     """
 
@@ -86,77 +83,119 @@ class Trainer:
         *,
         tp: TensorParallelGroup,
         dp: DataParallelGroup,
-        run_path: Path,
+        run: RunChoice,
         log: RunLog,
     ) -> None:
         self.job, self.config, self.task = job, job.config, job.task
         self.model, self.tp, self.dp = model, tp, dp
-        self.run_path, self.log = run_path, log
-        self.is_first = tp.rank == 0 and dp.rank == 0
+        self.log, self.run_path = log, run.path
         self.device = next(model.parameters()).device
-        self.optimizer = build_optimizer(model, self.config.model.optim)
+        self.num_frozen = freeze(model, self.config.model.frozen_parameters)
+        self.precision = precision_of(self.config.trainer.precision)
+        self.weights = Weights(model, self.precision)
+        self.shardings = sharding_table(model)
+        self.optimizer = build_optimizer(self.weights.main, self.config.model.optim)
+        self.scaler = LossScaler(
+            self.config.trainer.loss_scale,
+            self.config.trainer.loss_scale_window,
+            enabled=self.precision.scales_loss,
+        )
         self.schedule = job.schedule
         self.seed = self.config.trainer.seed
-        self.global_step = 0
-        self.last_metrics: dict[str, float] = {}
+        self.position = Position()
         # A rank with an empty share must still know how many terms the loss has.
         self.num_terms = len(self.task.label_counts(self.task.collate(job.train.examples[:1])))
-        params = self.config.exp_manager.checkpoint_callback_params
-        self.keeper = CheckpointKeeper(
-            name=self.config.exp_manager.name,
-            monitor=job.monitor,
-            save_top_k=params.save_top_k if job.validation is not None else 0,
-            save_last=params.save_last,
-            name_steps=self.config.trainer.val_check_interval != 1.0,
+        self.signals = StopSignals()
+        self.watchdog = Watchdog(
+            watchdog_store(),
+            dp.rank * tp.size + tp.rank,
+            describe_ranks(tp.size, dp.size),
+            self.config.trainer.timeout_s,
         )
+        self.store = RunStore(
+            job,
+            run,
+            TrainingState(
+                model, self.weights, self.shardings, self.optimizer, self.scaler, self.position
+            ),
+            tp=tp,
+            dp=dp,
+            log=log,
+            beat=self.watchdog.beat,
+        )
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps so far."""
+        return self.position.global_step
+
+    @property
+    def run_key(self) -> int:
+        """Names the dropout bits of the next step."""
+        return step_seed(self.seed, self.global_step)
 
     def fit(self) -> FitResult:
         """Train, validate, keep checkpoints; test the best one at the end.
 
         Raises:
-            DivergedError: names the step.
+            DivergedError: names the step, its examples and the last good checkpoint.
+            StoppedError: a signal came; the state is saved.
         """
-        self._check_monitor()
-        self._create_run()
-        started = time.perf_counter()
-        tokens = 0
+        self.store.check_monitor(self.evaluate)
+        self.store.open()
+        started, tokens = time.perf_counter(), self.position.tokens
         self.log.start_progress(self.job.total_steps)
-        self.model.train()
-        done = False
-        for epoch in range(self.config.trainer.max_epochs):
-            for step_in_epoch, batches in enumerate(self.epoch_batches(epoch), start=1):
-                tokens += self._logged_step(epoch, batches)
-                done = self.global_step == self.job.total_steps
-                if done or self._validation_is_due(step_in_epoch):
-                    self._validate_and_save(epoch)
-                if done:
-                    break
-            if done:
-                break
-        self.log.stop_progress()
-        result = FitResult(
-            path=self.run_path,
-            global_step=self.global_step,
-            last=self.last_metrics,
-            best={} if self.keeper.best is None else dict(self.keeper.best.metrics),
-            test=self._test_best(),
-        )
+        with self.signals, self.watchdog:
+            self._train()
+            self.log.stop_progress()
+            self.watchdog.beat("the end of the run")
+            result = FitResult(
+                path=self.run_path,
+                global_step=self.global_step,
+                last=dict(self.store.last_metrics),
+                best={} if self.store.best is None else dict(self.store.best.metrics),
+                test=self._test_best(),
+            )
+            self.store.finish(result)
+        tokens = self.position.tokens - tokens
         self._final_table(result, tokens, time.perf_counter() - started)
         return result
 
-    def epoch_batches(self, epoch: int) -> Iterator[list[list[Example]]]:
-        """The batches of each optimizer step of an epoch, before they are cut over ranks."""
+    def _train(self) -> None:
+        position = self.position
+        self.model.train()
+        while position.epoch < self.config.trainer.max_epochs:
+            if position.step_in_epoch and not position.is_validated:  # stopped right before it
+                self._validate_if_due()
+            for batches in self.epoch_batches(position.epoch, position.step_in_epoch):
+                if self.store.is_done:
+                    return
+                signal = self._logged_step(batches)
+                if signal is None:
+                    self._validate_if_due()
+                    self.store.save_if_due()
+                else:
+                    self._stop(signal)
+            position.epoch, position.step_in_epoch = position.epoch + 1, 0
+
+    def epoch_batches(self, epoch: int, done: int = 0) -> Iterator[list[list[Example]]]:
+        """The batches of each optimizer step of an epoch, before they are cut over ranks.
+
+        Args:
+            epoch: counted from 0.
+            done: steps to leave out.
+        """
         examples = self.job.train.examples
         data = self.config.model.train_ds
         order = epoch_order(len(examples), self.seed, epoch, shuffle=data.shuffle)
-        starts = range(0, len(order), data.batch_size)
-        batches = [[examples[i] for i in order[s : s + data.batch_size]] for s in starts]
-        accumulate = self.config.trainer.accumulate_grad_batches
-        for start in range(0, len(batches), accumulate):
-            yield batches[start : start + accumulate]
+        step = data.batch_size * self.config.trainer.accumulate_grad_batches
+        for start in range(done * step, len(order), step):
+            own = order[start : start + step]
+            starts = range(0, len(own), data.batch_size)
+            yield [[examples[i] for i in own[s : s + data.batch_size]] for s in starts]
 
-    def train_step(self, batches: Sequence[Sequence[Example]], lr: float) -> tuple[float, float]:
-        """One optimizer step over whole batches; returns loss and gradient norm, before clipping.
+    def train_step(self, batches: Sequence[Sequence[Example]], lr: float) -> StepResult:
+        """One optimizer step over whole batches.
 
         loss = sum_k (sum of losses_k over all batches and ranks) / (sum of counts_k, likewise)
         """
@@ -165,27 +204,46 @@ class Trainer:
         counts = torch.zeros(self.num_terms, dtype=torch.float64)
         for batch in cut:
             counts += torch.tensor(self.task.label_counts(batch), dtype=torch.float64)
-        counts = all_reduce(counts.to(self.device), self.dp)
+        counts = self._over_ranks(counts.to(self.device))
         divisor = torch.where(counts > 0, counts, 1.0).float()
 
-        seed = torch.tensor([step_seed(self.seed, self.global_step)], device=self.device)
+        seed = torch.tensor([self.run_key], device=self.device)
         total = torch.zeros(self.num_terms, dtype=torch.float64, device=self.device)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.weights.zero_gradients()
         for batch in cut:
-            with self.autocast():
+            with self.precision.context(self.device):
                 output = self.model.forward_packed(batch.packed, seed=seed)
                 sums = self.task.loss_sums(output, batch)
-            (sums / divisor).sum().backward()
+            ((sums / divisor).sum() * self.scaler.scale).backward()
             total += sums.detach()
-        sum_gradients(self.model.parameters(), self.dp)
-        loss = (all_reduce(total, self.dp) / divisor).sum().item()
-        norm = gradient_norm(self.model, self.tp)
-        self._check_finite(loss, norm)
+        self.weights.collect_gradients()
+        parameters = self.weights.main.values()
+        sum_gradients(parameters, self.dp)
+        overflow = False
+        if self.scaler.enabled:
+            scale_gradients(parameters, 1 / self.scaler.scale)
+            overflow = has_overflow(parameters)
+        flags = [float(overflow), *self.signals.flags]
+        norm, flags = gradient_norm(self.weights.main, self.shardings, self.tp, flags)
+        # What one rank knows, all must know before one of them decides.
+        known = all_reduce(torch.cat([total, total.new_tensor(flags)]), self.dp)
+        loss = (known[: self.num_terms] / divisor).sum().item()
+        overflow, *signals = known[self.num_terms :].tolist()
+        result = StepResult(loss, norm.item(), bool(overflow), agreed_signal(signals))
+        self._check_finite(result, batches)
+        self.scaler.update(overflow=result.skipped)
+        if result.skipped:
+            return result
         if self.config.trainer.gradient_clip_val is not None:
-            clip_gradients(self.model.parameters(), norm, self.config.trainer.gradient_clip_val)
+            clip_gradients(parameters, norm, self.config.trainer.gradient_clip_val)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
-        return loss, norm.item()
+        self.weights.publish()
+        return result
+
+    def _over_ranks(self, counts: Tensor) -> Tensor:
+        """Label counts of the whole step. An average of per-rank means would not be its loss."""
+        return all_reduce(counts, self.dp)
 
     def evaluate(self, dataset: Dataset, batch_size: int) -> Evaluation:
         """The model as it is now, over a dataset; equal on all ranks."""
@@ -196,111 +254,81 @@ class Trainer:
             batch_size=batch_size,
             dp=self.dp,
             device=self.device,
-            autocast=self.autocast,
+            autocast=lambda: self.precision.context(self.device),
+            beat=self.watchdog.beat,
         )
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The context in which the model runs at `trainer.precision`."""
-        if self.config.trainer.precision == "32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
-    def _check_monitor(self) -> None:
-        """Refuse a metric that does not exist, before anything is written."""
-        params = self.config.exp_manager.checkpoint_callback_params
-        source = self.config.model.source("validation_ds")
-        if params.monitor is None or source is None:
-            return
-        few = self.task.load(source, num_samples=2)
-        known = named_metrics(self.evaluate(few, batch_size=2), "val")
-        if self.job.monitor[0] not in known:
-            raise ConfigError(
-                f"exp_manager.checkpoint_callback_params.monitor={params.monitor!r} is not a "
-                f"metric of this task; use one of {', '.join(known)}"
-            )
-
-    def _create_run(self) -> None:
-        def create() -> None:
-            if self.is_first:
-                create_run(self.run_path, self.config, self.model, self.task)
-                self.log.open_folder(self.run_path)
-
-        on_all_ranks(create, self.tp, self.dp)
-
-    def _logged_step(self, epoch: int, batches: Sequence[Sequence[Example]]) -> int:
-        """Train one step and tell about it; returns its tokens on all ranks together."""
+    def _logged_step(self, batches: Sequence[Sequence[Example]]) -> int | None:
+        """Train one step and tell about it; returns the signal to stop for."""
         started = time.perf_counter()
+        self.watchdog.beat(f"step {self.global_step + 1}")
         lr = self.schedule.learning_rate(self.global_step)
-        loss, norm = self.train_step(batches, lr)
-        self.global_step += 1
+        result = self.train_step(batches, lr)
         tokens = sum(len(example) for batch in batches for example in batch)
+        self.position.advance(tokens)
         duration_s = time.perf_counter() - started
         record = {
             "step": self.global_step,
-            "epoch": epoch,
-            "train_loss": loss,
+            "epoch": self.position.epoch,
+            "train_loss": result.loss,
             "lr": lr,
-            "grad_norm": norm,
+            "grad_norm": result.grad_norm,
             "tokens": tokens,
             "tokens_per_s": tokens / duration_s,
         }
+        if self.scaler.enabled:
+            record |= {"loss_scale": self.scaler.scale, "skipped": result.skipped}
         due = self.global_step % self.config.trainer.log_every_n_steps == 0
         if due or self.global_step == 1:
             self.log.metrics(record)
         self.log.step(record, self.job.total_steps, line=due or self.global_step == 1)
-        return tokens
+        return result.signal
 
-    def _check_finite(self, loss: float, norm: Tensor) -> None:
-        for name, value in (("loss", loss), ("gradient norm", norm.item())):
-            if not abs(value) < float("inf"):
-                raise DivergedError(
-                    f"{name} is {value} at step {self.global_step + 1}; lower model.optim.lr or "
-                    f"warm up longer; checkpoints of earlier steps are in {self.run_path}"
-                )
-
-    def _validation_is_due(self, step_in_epoch: int) -> bool:
-        interval = self.config.trainer.val_check_interval
-        if interval > 1:
-            return self.global_step % int(interval) == 0
-        steps = max(1, int(interval * self.job.steps_per_epoch))
-        return step_in_epoch % steps == 0
-
-    def _validate_and_save(self, epoch: int) -> None:
-        started = time.perf_counter()
-        metrics: dict[str, float] = {}
-        if self.job.validation is not None:
-            data = self.config.model.validation_ds
-            metrics = named_metrics(self.evaluate(self.job.validation, data.batch_size), "val")
-            duration_s = time.perf_counter() - started
-            self.log.metrics({"step": self.global_step, "epoch": epoch, **metrics})
-            shown = " | ".join(f"{name} {value}" for name, value in format_metrics(metrics))
-            self.log.info(f"epoch {epoch} | step {self.global_step} | {shown} | {duration_s:.1f} s")
-        self.last_metrics = metrics
-        progress = Progress(epoch, self.global_step, metrics)
-
-        def write(filename: str) -> None:
-            write_checkpoint(
-                self.run_path,
-                filename,
-                self.model,
-                progress,
-                self.job.monitor,
-                tp=self.tp,
-                dp=self.dp,
+    def _check_finite(self, result: StepResult, batches: Sequence[Sequence[Example]]) -> None:
+        for name, value in (("loss", result.loss), ("gradient norm", result.grad_norm)):
+            if not abs(value) < float("inf") and not (result.skipped and name != "loss"):
+                raise DivergedError(self.store.describe_divergence(name, value, batches))
+        if self.scaler.is_exhausted:
+            raise DivergedError(
+                self.store.describe_divergence("loss scale", self.scaler.scale, batches)
             )
 
-        def remove(filename: str) -> None:
-            if self.dp.rank == 0:
-                (rank_folder(self.run_path, self.tp.rank) / filename).unlink(missing_ok=True)
+    def _validate_if_due(self) -> None:
+        interval = self.config.trainer.val_check_interval
+        if interval > 1:
+            due = self.global_step % int(interval) == 0
+        else:
+            steps = max(1, int(interval * self.job.steps_per_epoch))
+            due = self.position.step_in_epoch % steps == 0
+        if not (due or self.global_step == self.job.total_steps):
+            return
+        started = time.perf_counter()
+        metrics: dict[str, float] = {}
+        epoch, step = self.position.epoch, self.global_step
+        if self.job.validation is not None:
+            self.watchdog.beat(f"validation after step {step}")
+            batch_size = self.config.model.validation_ds.batch_size
+            metrics = named_metrics(self.evaluate(self.job.validation, batch_size), "val")
+            duration_s = time.perf_counter() - started
+            self.log.metrics({"step": step, "epoch": epoch, **metrics})
+            shown = " | ".join(f"{name} {value}" for name, value in format_metrics(metrics))
+            self.log.info(f"epoch {epoch} | step {step} | {shown} | {duration_s:.1f} s")
+        self.position.is_validated = True
+        self.store.save_best_and_last(Progress(epoch, step, metrics))
 
-        self.keeper.update(progress, write, remove)
+    def _stop(self, number: int) -> None:
+        self.log.stop_progress()
+        name = SIGNALS[[int(n) for n in SIGNALS].index(number)].name
+        self.store.save_last()
+        text = f"stopped by {name} after step {self.global_step}; {self.store.where_to_resume}"
+        self.log.info(text)
+        raise StoppedError(text, number)
 
     def _test_best(self) -> dict[str, float]:
         if self.job.test is None:
             return {}
-        if self.keeper.best is not None:
-            path = rank_folder(self.run_path, self.tp.rank) / self.keeper.best.filename
-            self.model.load_state_dict(read_checkpoint(path)["state_dict"])
+        self.store.load_best()
+        self.watchdog.beat("the test")
         evaluation = self.evaluate(self.job.test, self.config.model.test_ds.batch_size)
         metrics = named_metrics(evaluation, "test")
         self.log.metrics({"step": self.global_step, **metrics})
@@ -312,8 +340,10 @@ class Trainer:
             ("time", f"{duration_s:.1f} s, {tokens / duration_s:.0f} tokens/s"),
             ("memory of rank 0", f"{peak_memory_bytes() / 2**20:.0f} MiB at its peak"),
         ]
-        if self.keeper.best is not None:
-            rows.append(("best checkpoint", self.keeper.best.filename))
+        if self.num_frozen:
+            rows.append(("frozen parameters", str(self.num_frozen)))
+        if self.store.best is not None:
+            rows.append(("best checkpoint", self.store.best.filename))
         rows += format_metrics(result.best or result.last)
         rows += format_metrics(result.test)
         rows.append(("run", str(result.path)))
@@ -331,9 +361,3 @@ def epoch_order(num_examples: int, seed: int, epoch: int, *, shuffle: bool = Tru
 def own_share(batch: Sequence[Example], dp: DataParallelGroup) -> list[Example]:
     """Every `dp.size`-th example in order of length, so that ranks get about as many tokens."""
     return sorted(batch, key=lambda example: (len(example), example.index))[dp.rank :: dp.size]
-
-
-def named_metrics(evaluation: Evaluation, part: str) -> dict[str, float]:
-    """Loss and metrics under the names of `part`: val_loss, val_accuracy."""
-    loss = {} if evaluation.loss is None else {"loss": evaluation.loss}
-    return {f"{part}_{name}": value for name, value in (loss | evaluation.metrics).items()}

@@ -11,6 +11,8 @@ import time
 from types import SimpleNamespace
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class _Event:
@@ -48,6 +50,34 @@ class _Stream:
         pass
 
 
+class _Recorder(TorchDispatchMode):
+    """Every op of torch and of ours that runs, with the tensors that it takes and gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+
+class _Graph:
+    """A captured graph: the same ops again, on the same tensors."""
+
+    def __init__(self) -> None:
+        self.recorder = _Recorder()
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.recorder.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
 def _peak_bytes(*args: object) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
@@ -83,6 +113,9 @@ for name, value in {
     "reset_peak_memory_stats": lambda device=None: None,
     "mem_get_info": lambda device=None: (1 << 30, 1 << 30),
     "Event": _Event,
+    "CUDAGraph": _Graph,
+    "graph": lambda graph: graph.recorder,
+    "_sleep": lambda cycles: None,
     "Stream": _Stream,
     "stream": lambda stream: stream,
     "current_stream": _Stream,

@@ -38,7 +38,7 @@ def broadcast_data(
     tp = resolve_group(tp_group)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # One message says what comes, so that a mistake on one rank is an error on all of them.
-    header = torch.zeros(len(keys), 2 + MAX_DIMS, dtype=torch.int64)
+    header = torch.zeros(len(keys), 2 + MAX_DIMS, dtype=torch.int64, device="cpu")
     problem = ""
     if tp.rank == 0:
         problem = _problem(keys, data, datatype)
@@ -48,7 +48,7 @@ def broadcast_data(
             for row, key in zip(header, keys, strict=True):
                 shape = data[key].shape  # type: ignore[index]
                 row[1] = len(shape)
-                row[2 : 2 + len(shape)] = torch.tensor(shape)
+                row[2 : 2 + len(shape)] = torch.tensor(shape, device="cpu")
     header = broadcast(header.to(device), tp).cpu()
     if header[:, 0].any():
         raise ValueError(problem or "broadcast_data failed on the first rank of the group")

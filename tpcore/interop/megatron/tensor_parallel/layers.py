@@ -11,132 +11,36 @@ only says where they live: the same seed gives the same model at every size and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.init as init
 from torch import Tensor
 
 from tpcore import layers
-from tpcore.interop.megatron.parallel_state import (
-    get_tensor_model_parallel_rank,
-    resolve_group,
+from tpcore.interop.megatron.parallel_state import resolve_group
+from tpcore.interop.megatron.tensor_parallel.attributes import (
+    copy_tensor_model_parallel_attributes,
+    param_is_not_tensor_parallel_duplicate,
+    set_defaults_if_not_set_tensor_model_parallel_attributes,
+    set_tensor_model_parallel_attributes,
 )
 from tpcore.interop.megatron.tensor_parallel.mappings import Group
+from tpcore.interop.megatron.tensor_parallel.options import InitMethod, LayerOptions, fill
 from tpcore.layers.linear_function import column_parallel_linear
 from tpcore.parallel.collectives import gather_from
 from tpcore.parallel.group import divide
 from tpcore.parallel.sharding import Sharded, ShardedParts, Sharding
 
-InitMethod = Callable[[Tensor], object]
-
-_ATTRIBUTES: dict[str, Any] = {
-    "tensor_model_parallel": False,
-    "partition_dim": -1,
-    "partition_stride": 1,
-}
-
-
-def set_tensor_model_parallel_attributes(
-    tensor: Tensor, is_parallel: bool, dim: int, stride: int
-) -> None:
-    """Mark a tensor as split (or not) along ``dim``."""
-    for name, value in zip(_ATTRIBUTES, (is_parallel, dim, stride), strict=True):
-        setattr(tensor, name, value)
-
-
-def set_defaults_if_not_set_tensor_model_parallel_attributes(tensor: Tensor) -> None:
-    """Mark a tensor as not split, unless it is marked already."""
-    for name, value in _ATTRIBUTES.items():
-        if not hasattr(tensor, name):
-            setattr(tensor, name, value)
-
-
-def copy_tensor_model_parallel_attributes(
-    destination_tensor: Tensor, source_tensor: Tensor
-) -> None:
-    """Give one tensor the marks of another, as far as that has any."""
-    for name in _ATTRIBUTES:
-        if hasattr(source_tensor, name):
-            setattr(destination_tensor, name, getattr(source_tensor, name))
-
-
-def param_is_not_tensor_parallel_duplicate(param: Tensor) -> bool:
-    """Whether to count this rank's tensor in a norm over all of them: split, or on rank 0."""
-    return getattr(param, "tensor_model_parallel", False) or get_tensor_model_parallel_rank() == 0
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What either spelling says about a layer."""
-
-    params_dtype: torch.dtype
-    use_cpu_initialization: bool
-    perform_initialization: bool
-    sequence_parallel: bool
-    gradient_accumulation_fusion: bool
-
-    @classmethod
-    def of(cls, config: Any, keywords: dict[str, Any]) -> _Options:
-        # Names of apex, and of Megatron-LM's later years; those of the configuration otherwise.
-        keywords = dict(keywords)
-        if "sequence_parallel_enabled" in keywords:
-            keywords["sequence_parallel"] = keywords.pop("sequence_parallel_enabled")
-        for name in _WITHOUT_MEANING:
-            keywords.pop(name, None)
-        for name in _REFUSED:
-            if keywords.pop(name, None):
-                raise ValueError(f"{name} is not supported; leave it out")
-        values = {
-            name: keywords.pop(name, getattr(config, name, default))
-            for name, default in _DEFAULTS.items()
-        }
-        if keywords:
-            raise TypeError(f"this layer has no argument {next(iter(keywords))!r}")
-        return cls(**values)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters live."""
-        if self.use_cpu_initialization or not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", torch.cuda.current_device())
-
-
-_DEFAULTS: dict[str, Any] = {
-    "params_dtype": torch.float32,
-    "use_cpu_initialization": False,
-    "perform_initialization": True,
-    "sequence_parallel": False,
-    "gradient_accumulation_fusion": False,
-}
-# The all-reduce of the input gradient always runs beside the weight gradient, and main gradients
-# have the dtype that their owner gave them.
-_WITHOUT_MEANING = (
-    "accumulation_in_fp16",
-    "async_tensor_model_parallel_allreduce",
-    "name",
-    "no_async_tensor_model_parallel_allreduce",
-    "tp_comm_buffer_name",
-)
-_REFUSED = ("embedding_activation_buffer", "grad_output_buffer", "is_expert")
-
-
-def _fill(layer: Any, options: _Options, init_method: InitMethod, keep_master_weight: bool) -> None:
-    """Give a layer that was built on the meta device its memory and, if wanted, its values."""
-    layer.to_empty(device=options.device)
-    layer.master_weight = None
-
-    def keeping(full: Tensor) -> None:
-        init_method(full)
-        layer.master_weight = full.clone()
-
-    layer.init_method = keeping if keep_master_weight else init_method
-    if options.perform_initialization:
-        layer.reset_parameters()
-    layer.init_method = init_method
+__all__ = [
+    "ColumnParallelLinear",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "copy_tensor_model_parallel_attributes",
+    "linear_with_grad_accumulation_and_async_allreduce",
+    "param_is_not_tensor_parallel_duplicate",
+    "set_defaults_if_not_set_tensor_model_parallel_attributes",
+    "set_tensor_model_parallel_attributes",
+]
 
 
 class ColumnParallelLinear(layers.ColumnParallelLinear):
@@ -182,7 +86,7 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
         tp_group: Group = None,
         **keywords: Any,
     ) -> None:
-        options = _Options.of(config, keywords)
+        options = LayerOptions.of(config, keywords)
         gathers = config is None if gather_output is None else gather_output
         tp = resolve_group(tp_group)
         super().__init__(
@@ -203,7 +107,7 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
         self.disable_grad_reduce = disable_grad_reduce
         if skip_weight_param_allocation:
             self.register_parameter("weight", None)
-        _fill(self, options, init_method, keep_master_weight_for_test)
+        fill(self, options, init_method, keep_master_weight_for_test)
         for parameter in self.parameters(recurse=False):
             set_tensor_model_parallel_attributes(parameter, True, 0, stride)
 
@@ -302,7 +206,7 @@ class RowParallelLinear(layers.RowParallelLinear):
         tp_group: Group = None,
         **keywords: Any,
     ) -> None:
-        options = _Options.of(config, keywords)
+        options = LayerOptions.of(config, keywords)
         tp = resolve_group(tp_group)
         if options.sequence_parallel and not input_is_parallel:
             raise ValueError("sequence parallelism needs input_is_parallel=True")
@@ -321,7 +225,7 @@ class RowParallelLinear(layers.RowParallelLinear):
         self.input_size, self.output_size = input_size, output_size
         self.input_size_per_partition = divide(input_size, tp.size, "input_size")
         self.stride = stride
-        _fill(self, options, init_method, keep_master_weight_for_test)
+        fill(self, options, init_method, keep_master_weight_for_test)
         set_tensor_model_parallel_attributes(self.weight, True, 1, stride)
         if self.bias is not None:
             self.bias.sequence_parallel = False  # type: ignore[attr-defined]
@@ -370,7 +274,7 @@ class VocabParallelEmbedding(layers.VocabParallelEmbedding):
         tp_group: Group = None,
         **keywords: Any,
     ) -> None:
-        options = _Options.of(config, keywords)
+        options = LayerOptions.of(config, keywords)
         tp = resolve_group(tp_group)
         super().__init__(
             num_embeddings,
@@ -384,7 +288,7 @@ class VocabParallelEmbedding(layers.VocabParallelEmbedding):
         self.num_embeddings_per_partition = self.weight.shape[0]
         self.vocab_start_index = self.vocab_start
         self.vocab_end_index = self.vocab_start + self.num_embeddings_per_partition
-        _fill(self, options, init_method, False)
+        fill(self, options, init_method, False)
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def own_unpadded_sizes(self) -> dict[str, int]:
