@@ -48,4 +48,13 @@ static const float kNormalRatio[6][32] = {
      -0.00457431643f,  -0.00357517732f},
 };
 
+// What the first row lost in rounding to float32.
+static const float kNormalRatioLow[32] = {
+    1.137e-10f, 2.263e-10f, -3.105e-9f,  -6.082e-9f,  5.025e-9f,   -4.279e-10f, 1.433e-9f,
+    5.989e-9f,  3.517e-10f, -7.905e-10f, -1.721e-9f,  -2.888e-9f,  2.618e-9f,   -3.186e-9f,
+    2.901e-9f,  6.598e-10f, 1.562e-9f,   2.988e-10f,  -5.332e-10f, 1.651e-9f,   -3.788e-10f,
+    -1.651e-9f, 3.418e-10f, -5.323e-10f, -1.695e-11f, -5.644e-9f,  1.307e-9f,   -1.145e-9f,
+    1.238e-8f,  -1.267e-8f, -7.698e-9f,  -1.264e-8f,
+};
+
 }  // namespace tpcore

@@ -6,6 +6,7 @@ by a polynomial in the distance from the interval's left end. Needs mpmath.
 """
 
 import mpmath as mp
+import numpy as np
 
 DEGREE, OCTAVES, PIECES = 5, 4, 8
 
@@ -40,6 +41,11 @@ def main() -> None:
     for power in range(DEGREE + 1):
         values = [f"{mp.nstr(piece[power], 9)}f" for piece in pieces]
         print("    {" + ", ".join(values) + "},")
+    print("};\n")
+    print("// What the first row lost in rounding to float32.")
+    lost = [piece[0] - mp.mpf(float(np.float32(mp.nstr(piece[0], 9)))) for piece in pieces]
+    print(f"static const float kNormalRatioLow[{OCTAVES * PIECES}] = {{")
+    print("    " + ", ".join(f"{mp.nstr(x, 4)}f" for x in lost) + ",")
     print("};\n\n}  // namespace tpcore")
 
 

@@ -82,18 +82,20 @@ template <class T>
 using PrecisionOf = std::conditional_t<sizeof(T) == 2, Half, Single>;
 
 #if defined(TPCORE_ISA_AVX512)
-// Phi(-t) exp(t^2 / 2) for 0 <= t < 15.
-template <class Precision>
+// Phi(-t) exp(t^2 / 2) for 0 <= t < 15; `precise` within a unit in the last place.
+template <class Precision, bool precise = false>
 TPCORE_INLINE Vec<float> normal_ratio(Vec<float> t) {
   const Interval32 interval(t);
   Vec<float> ratio = interval.entry(kNormalRatio[Precision::ratio_degree]);
-  for (int i = Precision::ratio_degree - 1; i >= 0; --i) {
+  for (int i = Precision::ratio_degree - 1; i >= 1; --i) {
     ratio = multiply_add(ratio, interval.offset, interval.entry(kNormalRatio[i]));
   }
-  return ratio;
+  const Vec<float> left = interval.entry(kNormalRatio[0]);
+  if (!precise) return multiply_add(ratio, interval.offset, left);
+  return multiply_add(ratio, interval.offset, interval.entry(kNormalRatioLow)) + left;
 }
 #else
-template <class Precision>
+template <class Precision, bool precise = false>
 TPCORE_INLINE Vec<float> normal_ratio(Vec<float> t) {
   using V = Vec<float>;
   const V u = V(1.0f) / multiply_add(t, V(kNormalTailSlope), V(1.0f));
@@ -131,7 +133,7 @@ TPCORE_INLINE Vec<float> normal_cdf(Vec<float> z, Vec<float> product = Vec<float
   using V = Vec<float>;
   const V t = smaller(V(14.875f), absolute(z));
   const Bell b = bell<Precision>(t, product);
-  const V ratio = normal_ratio<Precision>(t);
+  const V ratio = normal_ratio<Precision, std::is_same_v<Precision, Single>>(t);
   const V tail = scale_by_power(multiply_add(ratio, b.e, ratio), b.n);
   return select(less(z, V()), tail, V(1.0f) - tail);
 }
