@@ -88,10 +88,10 @@ def test_errors_of_gelu():
     for approximate, scale in (("none", 1.0), ("erf_1.41421", 2.0**0.5 / 1.41421)):
         exact = wide * 0.5 * torch.erfc(-wide * scale * 0.5**0.5)
         error = _units_in_the_last_place(z, exact, approximate)
-        assert error <= (2.2 if piecewise else 6.6), (approximate, error)
+        assert error <= (3.0 if piecewise else 7.0), (approximate, error)
     z, wide = z[z > -8], wide[z > -8]
     twice_u = 2 * (2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)
     exact = wide / (1 + torch.exp(-twice_u))
     near = z > -1
     assert _units_in_the_last_place(z[near], exact[near], "tanh") <= 4.5
-    assert _units_in_the_last_place(z, exact, "tanh") <= 100
+    assert _units_in_the_last_place(z, exact, "tanh") <= 110
