@@ -57,6 +57,24 @@ print("ok")
     assert _run("-c", f"from tpcore import _native\n{program}") == "ok\n"
 
 
+def test_a_refused_launch_is_an_error_that_names_it():
+    program = """
+import ctypes, torch
+from tpcore import _native, kernels
+x = torch.ones(2, 4, device="cuda")
+ctypes.CDLL(str(_native.status("cuda").path)).emulation_refuse_next_launch(719)
+try:
+    kernels.bias_gelu(x)
+except RuntimeError as error:
+    assert "launching bias_gelu_forward failed: emulated error" in str(error), error
+else:
+    raise AssertionError("nothing was said")
+assert kernels.bias_gelu(x).sum() > 0, "the error stayed"
+print("ok")
+"""
+    assert _run("-c", program) == "ok\n"
+
+
 def test_every_kernel_through_the_bindings():
     """csrc/torch/cuda_ops.cpp itself: checks, allocation, launches, registration."""
     assert " passed" in _pytest("tests/gpu/test_every_kernel.py", "-k", "bfloat16 or not float")
