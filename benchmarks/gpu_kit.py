@@ -213,7 +213,7 @@ def test_stages(size: str) -> list[Stage]:
         Stage("models", _pytest(*models)),
         Stage("graph and NCCL", _pytest("-m", "gpu", "tests/gpu")),
         _sanitizer("memcheck", SHORT_LIST, "-k", "not float16 or bfloat16"),
-        # Kernels are the same in every dtype but for loads and stores; these tools are slower still.
+        # But for loads and stores all dtypes have one kernel, and these tools are slower still.
         _sanitizer("racecheck", SHORT_LIST, "-k", "bfloat16"),
         _sanitizer("synccheck", SHORT_LIST, "-k", "bfloat16"),
     ]

@@ -41,9 +41,15 @@ x = torch.randn(3, 8, device="cuda", requires_grad=True)
 assert x.device == torch.device("cuda", 0) and x.is_cuda
 (x.relu() @ x.t()).sum().backward()
 assert x.grad.is_cuda and torch.equal(x.cpu(), x.detach().cpu())
+generator = torch.Generator("cuda")
+draws = [
+    torch.randn(9, generator=generator.manual_seed(seed), device="cuda") for seed in (1, 1, 2)
+]
+assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
 for call in (
     lambda: x @ torch.ones(8, 3),
     lambda: torch.embedding(x, torch.tensor([0, 1])),
+    lambda: torch.randn(3, device="cuda", generator=torch.Generator()),
     lambda: torch.ops.tpcore.bias_gelu_forward(x.detach(), torch.ones(8), "none"),
 ):
     try:
