@@ -77,14 +77,14 @@ def _transport(tp, shared):
 
 
 def _backward(y):
-    grad = torch.randn(y.shape, generator=torch.Generator(DEVICE).manual_seed(3)).to(y.dtype)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y.dtype)
     with _Recorder() as recorder:
         y.backward(grad)
     return grad, recorder.names
 
 
 def _x(rows, dtype=torch.float32, width=IN, seed=1):
-    generator = torch.Generator(DEVICE).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     return torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.device import DEVICE, on_the_cpu
+from tests.helpers.device import on_the_cpu
 from tests.helpers.ranks import run_ranks
 from tests.kernels.harness import require
 from tpcore.parallel import collectives, shared_memory
@@ -159,7 +159,7 @@ def test_forward(name, size, dtype):
 def _value(kind, shape, tp, seed):
     """A random value of one kind: equal on all ranks, or another one on each."""
     own = 0 if kind == "one" else tp.rank
-    generator = torch.Generator(DEVICE).manual_seed(1000 * seed + own)
+    generator = torch.Generator().manual_seed(1000 * seed + own)
     return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
