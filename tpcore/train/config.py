@@ -138,7 +138,7 @@ class TrainerConfig:
     enable_progress_bar: bool = True
     """A progress bar where the console is a terminal."""
     timeout_s: float = 600.0
-    """A rank that makes no progress for so long is named, and the run ends."""
+    """How long ranks wait for each other; a rank that hangs is named well before."""
 
 
 @dataclass
