@@ -31,8 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 TOTAL_S = {"full": 540, "quick": 175}
 PYTEST = [sys.executable, "-m", "pytest", "--tb=short", "-rfE", "--maxfail=25", "--durations=5"]
 SHORT_LIST = "tests/gpu/test_every_kernel.py"
-# The Triton kernels compute in float32 (tests/kernels/test_triton.py).
+# The Triton kernels compute in float32; and what test_triton.py starts elsewhere runs here anyway.
 TRITON = "triton and not gradcheck and not fp64 and not float64"
+TRITON += " and not on_the_gpu and not triton_compile"
 
 
 @dataclasses.dataclass
@@ -202,13 +203,14 @@ def test_stages(size: str) -> list[Stage]:
             Stage("kernels", _pytest("-k", accuracy, "tests/kernels", workers=6)),
             Stage("graph and NCCL", _pytest("-m", "gpu", "tests/gpu")),
         ]
-    layers = ["tests/layers", "tests/models", "tests/parallel/test_collectives.py"]
+    models = ["tests/models", "tests/checkpoint/test_golden.py"]
     found = [
         Stage("every kernel", short),
         Stage("kernels", _pytest("-m", "", "-k", "not triton", "tests/kernels", workers=workers)),
         Stage("triton", _pytest("-m", "", "-k", TRITON, "tests/kernels", workers=workers)),
         # Ranks share the GPU: gloo moves what NCCL would.
-        Stage("layers", _pytest(*layers, "tests/checkpoint/test_golden.py")),
+        Stage("layers", _pytest("tests/layers", "tests/parallel/test_collectives.py")),
+        Stage("models", _pytest(*models)),
         Stage("graph and NCCL", _pytest("-m", "gpu", "tests/gpu")),
         _sanitizer("memcheck", SHORT_LIST),
         _sanitizer("racecheck", SHORT_LIST),

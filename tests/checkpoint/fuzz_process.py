@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from tests.checkpoint.hostile_pickles import edit_zip
+from tests.checkpoint.test_hostile_dist import write_dist
 from tests.checkpoint.tiny import random_model, write_megatron
 from tpcore import checkpoint
 from tpcore.checkpoint import CheckpointError
@@ -142,15 +143,45 @@ class _PickleInZip(Container):
         return edit_zip(raw, {"data.pkl": lambda pickle: mutate(pickle, steps)})
 
 
-def _tar(folder: Path, packed: bool) -> Path:
-    fixture = folder / "model.nemo"
-    with tarfile.open(fixture, "w:gz" if packed else "w") as tar:
-        files = {"./model_config.yaml": b"target: a.b\n", "./model_weights.ckpt": bytes(2000)}
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
-    return fixture
+class _MemberOfTar(Container):
+    def damage(self, raw: bytes, steps: list[tuple]) -> bytes:
+        """Damage model_config.yaml, and leave the archive whole."""
+        out = io.BytesIO()
+        with (
+            tarfile.open(fileobj=io.BytesIO(raw)) as old,
+            tarfile.open(fileobj=out, mode="w") as new,
+        ):
+            for entry in old.getmembers():
+                file = old.extractfile(entry)
+                content = file.read() if file else b""
+                if entry.name.endswith(".yaml"):
+                    content = mutate(content, steps)
+                    entry.size = len(content)
+                new.addfile(entry, io.BytesIO(content))
+        return out.getvalue()
+
+
+def _nemo(folder: Path, packed: bool) -> Path:
+    source = folder / "source"
+    write_megatron(source, random_model(layers=1))
+    model = checkpoint.load(source, head="sequence_classification", num_labels=2)
+    checkpoint.save(model, folder / "plain.nemo", format="nemo")
+    shutil.rmtree(source)
+    path = folder / "model.nemo"
+    with tarfile.open(folder / "plain.nemo") as old:
+        files = {m.name: old.extractfile(m) for m in old.getmembers() if m.isfile()}
+        with tarfile.open(path, "w:gz" if packed else "w") as tar:
+            for name, file in files.items():
+                assert file is not None
+                content = file.read()
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def _dist(folder: Path) -> Path:
+    return write_dist(folder / "dist")
 
 
 def _pickled_huggingface(folder: Path) -> Path:
@@ -169,8 +200,13 @@ CONTAINERS = {
     "safetensors": Container(_huggingface, "model.safetensors"),
     "config": Container(_huggingface, "config.json"),
     "pytorch_model": _PickleInZip(_pickled_huggingface, "pytorch_model.bin"),
-    "tar": Container(lambda folder: _tar(folder, False), read=_unpack),
-    "tar-gzip": Container(lambda folder: _tar(folder, True), read=_unpack),
+    "tar": Container(lambda folder: _nemo(folder, False), read=_unpack),
+    "nemo": Container(lambda folder: _nemo(folder, False)),
+    "nemo-gzip": Container(lambda folder: _nemo(folder, True)),
+    "nemo-settings": _MemberOfTar(lambda folder: _nemo(folder, False)),
+    "dist-metadata": Container(_dist, ".metadata"),
+    "dist-chunks": Container(_dist, "__0_0.distcp"),
+    "dist-common": _PickleInZip(_dist, "common.pt"),
 }
 
 

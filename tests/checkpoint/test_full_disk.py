@@ -29,7 +29,7 @@ def _assert_untouched(folder, before):
     assert sorted(path.name for path in folder.iterdir()) == ["out"]
 
 
-@pytest.mark.parametrize("to", ["megatron", "huggingface"])
+@pytest.mark.parametrize("to", ["megatron", pytest.param("huggingface", marks=pytest.mark.slow)])
 def test_a_limit_on_the_size_of_files(source, tmp_path, to):
     folder = tmp_path / "disk"
     before = checkpoint.convert(source, folder / "out", to=to).to_dict()

@@ -269,8 +269,8 @@ CONFIGS = {
     "deeply nested lists": b"[" * 1_000_000,
     "an integer of 5,000 digits": b'{"hidden_size": ' + b"9" * 5000 + b"}",
     "an integer of 1,000,000 digits": b'{"hidden_size": ' + b"9" * 1_000_000 + b"}",
-    "many small lists": b'{"a": [' + b"[]," * 2**21 + b"1]}",
-    "many small objects": b'{"a": [' + b"{}," * 2**21 + b"1]}",
+    "many small lists": b'{"a": [' + b"[]," * 2**20 + b"1]}",
+    "many small objects": b'{"a": [' + b"{}," * 2**20 + b"1]}",
     "two values": b"{} {}",
     "no end": b'{"model_type": "megatron-bert"',
 }

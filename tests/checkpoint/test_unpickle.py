@@ -2,11 +2,13 @@
 
 import argparse
 import builtins
+import collections
 import contextlib
 import functools
 import io
 import os
 import pickle
+import subprocess
 import sys
 import types
 from collections import OrderedDict
@@ -202,3 +204,41 @@ def test_damaged_bytes_give_a_result_or_a_checkpoint_error(tmp_path_factory, dat
     # Any other exception, a hang or a crash fails the test.
     with contextlib.suppress(CheckpointError):
         load_pickle(path)
+
+
+def test_what_lightning_keeps_beside_the_weights_is_inert(tmp_path, monkeypatch):
+    """Settings are omegaconf's, kept where the model's names are; nobody needs omegaconf."""
+    omegaconf = pytest.importorskip("omegaconf")
+    with monkeypatch.context() as written:
+        attributes = _class_named(written, "pytorch_lightning.utilities.parsing.AttributeDict")
+        kind = type("AttributeDict", (dict,), {"__module__": attributes.__module__})
+        written.setattr(sys.modules[kind.__module__], "AttributeDict", kind)
+        callback = _class_named(written, "nemo.utils.exp_manager.NeMoModelCheckpoint")
+        settings = omegaconf.OmegaConf.create({"model": {"hidden_size": 16, "names": ["a", 1.5]}})
+        content = {
+            "state_dict": OrderedDict(w=torch.arange(3.0)),
+            "callbacks": {callback: {"best_model_score": torch.tensor(0.5)}},
+            "hyper_parameters": kind(cfg=settings, lr=0.1),
+            "counts": collections.defaultdict(list, {"a": [1]}),
+        }
+        path = _save(tmp_path / "x.ckpt", content)
+    loaded = load_pickle(path)
+    assert torch.equal(loaded["state_dict"]["w"], torch.arange(3.0))
+    assert type(loaded["hyper_parameters"]) is dict
+    assert loaded["hyper_parameters"]["lr"] == 0.1
+    assert isinstance(loaded["hyper_parameters"]["cfg"], InertStub)
+    assert loaded["counts"] == {"a": [1]}
+    assert type(loaded["counts"]) is dict
+
+
+def test_checksums_are_read_without_memory_for_the_file(tmp_path):
+    path = _save(tmp_path / "x.pt", {"w": torch.ones(2**24)})
+    script = (
+        "import sys; from pathlib import Path; from tpcore.checkpoint.unpickle import *\n"
+        "def rss(): return int(Path('/proc/self/statm').read_text().split()[1]) * 4096\n"
+        "before = rss(); check_records(Path(sys.argv[1])); print(rss() - before)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True
+    )
+    assert int(run.stdout) < 2**24

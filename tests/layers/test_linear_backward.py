@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers.device import DEVICE
+from tests.helpers.device import DEVICE, on_the_cpu
 from tests.helpers.ranks import run_ranks
 from tests.kernels.harness import require
 from tpcore.layers import linear_function
@@ -115,6 +115,7 @@ def _check_overlap(tp, shared, sequence):
         assert torch.equal(layer.bias.grad, grad.sum(0))
 
 
+@on_the_cpu
 @by_sequence
 @by_transport
 @pytest.mark.parametrize("size", [2, 4])
@@ -144,6 +145,7 @@ def _check_trace(tp, shared, sequence):
     assert names == expected
 
 
+@on_the_cpu
 @by_sequence
 @by_transport
 def test_a_trace_shows_the_product_inside_the_collective(shared, sequence):
@@ -172,6 +174,7 @@ def _check_compiled(tp, sequence):
     torch.testing.assert_close((x.grad, layer.weight.grad), expected)
 
 
+@on_the_cpu
 @by_sequence
 def test_a_compiled_backward_keeps_the_overlap(sequence):
     run_ranks(_check_compiled, 2, sequence)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers.device import on_the_cpu
 from tests.helpers.ranks import run_ranks
 from tpcore._native import status
 from tpcore.models import cost
@@ -58,6 +59,7 @@ def _layer_bytes(tp, precision, sequence_parallel, checkpointing):
     return (many - few) / 2
 
 
+@on_the_cpu
 @pytest.mark.skipif(not status("cpu").loaded, reason="counts what the native kernels keep")
 @pytest.mark.parametrize("precision", cost.PRECISIONS)
 @pytest.mark.parametrize("checkpointing", [None, "selective", "full"])

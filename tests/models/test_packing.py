@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpcore.models.packing import pack, pack_sequences, unpack
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 5).flatmap(
         lambda b: st.integers(1, 7).flatmap(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers.device import on_the_cpu
 from tests.helpers.ranks import run_ranks
 from tpcore.models.bert import BertModel
 from tpcore.models.config import BertConfig
@@ -58,6 +59,7 @@ def test_nothing_to_add_changes_nothing():
     assert model.embeddings.word_embeddings.weight is weight
 
 
+@on_the_cpu  # a GPU stops: torch asserts on the device
 def test_ids_beyond_the_new_tokens_are_refused():
     model = _model(TensorParallelGroup.single())
     grow_vocabulary(model, PIECES)

@@ -85,6 +85,13 @@ def write_relation_extraction(folder: Path) -> dict[str, Any]:
     }
 
 
+def write_text_classification(folder: Path) -> dict[str, Any]:
+    """Good or bad, decided by one word."""
+    tiny.write_data(folder / "train.tsv", 24)
+    tiny.write_data(folder / "validation.tsv", 13, seed=1)
+    return {"model__dataset__class_balancing": "weighted_loss"}
+
+
 def write_text_regression(folder: Path) -> dict[str, Any]:
     """How many of the words are good."""
     for name, count, seed in (("train", 24, 0), ("validation", 13, 1)):
@@ -124,6 +131,7 @@ def write_glue(folder: Path) -> dict[str, Any]:
 
 
 WRITERS = {
+    "text_classification": write_text_classification,
     "text_regression": write_text_regression,
     "glue": write_glue,
     "relation_extraction": write_relation_extraction,

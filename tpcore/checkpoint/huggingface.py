@@ -121,6 +121,7 @@ def read(path: Path) -> CanonicalState:
                 qkv_layout="separate q, k, v",
                 lowercase=lowercase if isinstance(lowercase, bool) else None,
                 notes=(f"architecture: {architecture_from_fields(fields) or 'not said'}",),
+                stated=frozenset(BertConfig.__dataclass_fields__),
                 files=(folder / CONFIG, *_weights_files(folder)),
                 tokenizer_files=tokenizer_files([folder]),
             ),

@@ -25,6 +25,7 @@ from tpcore.checkpoint.errors import CheckpointError
 from tpcore.checkpoint.info import CheckpointInfo
 from tpcore.checkpoint.progress import watched
 from tpcore.checkpoint.state import CanonicalState, Source
+from tpcore.checkpoint.stated import Stated, apply_stated, stated_config
 from tpcore.checkpoint.unpickle import check_records
 from tpcore.checkpoint.writers import Format
 from tpcore.layers.block import ActivationCheckpointing
@@ -38,6 +39,8 @@ def load(
     tp: TensorParallelGroup | None = None,
     head: str | None = AUTO,
     qkv_layout: str | None = None,
+    config_file: str | Path | None = None,
+    config: Mapping[str, Any] | str | None = None,
     num_labels: int | None = None,
     head_kwargs: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
@@ -60,6 +63,9 @@ def load(
             (`tpcore.models.heads.HEADS`) builds that one, newly initialised if the file has
             another or none, which one log line says.
         qkv_layout: order of the q/k/v rows ("v0", "v1", "v3"), for a file that does not tell.
+        config_file: JSON that says what a file without arguments cannot, in Megatron's names or
+            BertConfig's, with hyphens or underscores; must agree with what the file says.
+        config: the same as a mapping, or the name of a preset; `config_file` wins.
         num_labels: of a new classification head; must agree with that of the file's own.
         head_kwargs: further arguments of the head (dropout, regression, binary).
         device: where the parameters live; None: the CPU.
@@ -76,7 +82,7 @@ def load(
             was asked for.
     """
     tp = TensorParallelGroup.single() if tp is None else tp
-    state = _read(Path(path), qkv_layout, config_overrides)
+    state = _read(Path(path), qkv_layout, config_overrides, stated_config(config_file, config))
     _check_files(state)
     return build_model(
         state,
@@ -153,7 +159,12 @@ def save(
 
 
 def inspect(
-    path: str | Path, *, qkv_layout: str | None = None, **config_overrides: Any
+    path: str | Path,
+    *,
+    qkv_layout: str | None = None,
+    config_file: str | Path | None = None,
+    config: Mapping[str, Any] | str | None = None,
+    **config_overrides: Any,
 ) -> CheckpointInfo:
     """What a checkpoint holds: format, sizes, configuration, every parameter.
 
@@ -162,7 +173,9 @@ def inspect(
     Raises:
         CheckpointError: as `load`.
     """
-    return CheckpointInfo.from_state(_read(Path(path), qkv_layout, config_overrides))
+    return CheckpointInfo.from_state(
+        _read(Path(path), qkv_layout, config_overrides, stated_config(config_file, config))
+    )
 
 
 def convert(
@@ -172,6 +185,8 @@ def convert(
     to: Format,
     tensor_parallel_size: int = 1,
     qkv_layout: str | None = None,
+    config_file: str | Path | None = None,
+    config: Mapping[str, Any] | str | None = None,
     overwrite: bool = False,
     **config_overrides: Any,
 ) -> CheckpointInfo:
@@ -187,6 +202,8 @@ def convert(
         to: "megatron", "megatron-core", "nemo" or "huggingface".
         tensor_parallel_size: of the checkpoint that is written.
         qkv_layout: as in `load`.
+        config_file: as in `load`.
+        config: as in `load`.
         overwrite: replace a checkpoint that is there.
         config_overrides: as in `load`; they are written into the new checkpoint.
 
@@ -198,7 +215,7 @@ def convert(
     """
     writers.check_format(to)
     source, destination = Path(source), Path(destination).resolve()
-    state = _read(source, qkv_layout, config_overrides)
+    state = _read(source, qkv_layout, config_overrides, stated_config(config_file, config))
     writers.check_writable(state, to, tensor_parallel_size)
     _check_files(state)
     folders.check_apart(destination, state.source.path, state.source.files)
@@ -218,9 +235,19 @@ def convert(
     return inspect(destination)
 
 
-def _read(path: Path, qkv_layout: str | None, overrides: Mapping[str, Any]) -> CanonicalState:
+def _read(
+    path: Path,
+    qkv_layout: str | None,
+    overrides: Mapping[str, Any],
+    stated: Stated | None = None,
+) -> CanonicalState:
+    given = overrides
+    if stated is not None:
+        # The readers need of it what no shape says.
+        needed = ("num_attention_heads", "num_token_types")
+        overrides = {n: stated.fields[n] for n in needed if n in stated.fields} | dict(overrides)
     if not path.exists():
-        overrides = {**registry.known_facts(path), **overrides}
+        given = {**registry.known_facts(path), **given}
         path = registry.locate(path)
     if huggingface.recognise(path):
         if qkv_layout is not None:
@@ -247,7 +274,9 @@ def _read(path: Path, qkv_layout: str | None, overrides: Mapping[str, Any]) -> C
             f"Hugging Face folder ({huggingface.CONFIG} with {huggingface.SAFETENSORS} or "
             f"{huggingface.PICKLE})"
         )
-    return override_config(state, overrides)
+    if stated is not None:
+        state = apply_stated(state, stated)
+    return override_config(state, given)
 
 
 def _check_files(state: CanonicalState) -> None:

@@ -29,6 +29,7 @@ from tpcore.checkpoint.megatron_args import (
     head_from_args,
     labels_from_args,
     lowercase_from_args,
+    stated_fields,
 )
 from tpcore.checkpoint.megatron_files import find_files
 from tpcore.checkpoint.megatron_rank import LEGACY, RankFile, read_rank
@@ -132,6 +133,7 @@ def state_of(
                 qkv_layout=layout,
                 lowercase=lowercase_from_args(args),
                 notes=(*source.notes, *first.notes),
+                stated=stated_fields(args),
             ),
         )
     )

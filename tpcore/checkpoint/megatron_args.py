@@ -14,7 +14,7 @@ import torch
 
 from tpcore.checkpoint.errors import CheckpointError, shown
 from tpcore.checkpoint.fields import Fields
-from tpcore.checkpoint.state import HEADS, CanonicalState
+from tpcore.checkpoint.state import HEADS, SIZES, CanonicalState
 from tpcore.models.config import PRESETS, VOCAB_DIVISOR, BertConfig
 
 # Fields that change the architecture into something this encoder is not, with the values that
@@ -107,6 +107,24 @@ def config_from_args(
         return BertConfig(**values)
     except ValueError as error:
         raise CheckpointError(f"{args.where}: {error}") from error
+
+
+def stated_fields(args: Fields) -> frozenset[str]:
+    """Fields of the configuration that the file itself says, by its shapes or its arguments."""
+    stated = set(SIZES)
+    for name, field in (
+        ("num_attention_heads", "num_attention_heads"),
+        ("layernorm_epsilon", "layernorm_eps"),
+        ("hidden_dropout", "hidden_dropout"),
+        ("attention_dropout", "attention_dropout"),
+        ("init_method_std", "init_std"),
+        ("apply_residual_connection_post_layernorm", "post_layernorm"),
+    ):
+        if name in args:
+            stated.add(field)
+    if any(name in args for name in ("bias_gelu_fusion", "openai_gelu", "onnx_safe")):
+        stated |= {"gelu", "lm_head_gelu"}
+    return frozenset(stated)
 
 
 def _check_supported(args: Fields, sizes: Mapping[str, int]) -> None:

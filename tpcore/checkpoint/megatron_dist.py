@@ -27,7 +27,7 @@ from tpcore.checkpoint.dist_metadata import METADATA, Chunk, Entry, read_metadat
 from tpcore.checkpoint.errors import CheckpointError, shown
 from tpcore.checkpoint.fields import Fields
 from tpcore.checkpoint.megatron import describe
-from tpcore.checkpoint.megatron_args import labels_from_args, lowercase_from_args
+from tpcore.checkpoint.megatron_args import labels_from_args, lowercase_from_args, stated_fields
 from tpcore.checkpoint.megatron_files import TRACKER, tracked_folder
 from tpcore.checkpoint.state import CanonicalState, Source, check_complete, tokenizer_files
 from tpcore.checkpoint.stored import (
@@ -121,6 +121,7 @@ def read(
                 qkv_layout="v3",
                 lowercase=lowercase_from_args(run),
                 notes=(f"layers: {layout}", f"{'with' if run.values else 'without'} args"),
+                stated=stated_fields(run),
                 files=(folder / METADATA, *sorted(files)),
                 tokenizer_files=tokenizer_files((path, folder, folder.parent)),
             ),

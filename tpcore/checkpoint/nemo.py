@@ -85,7 +85,10 @@ def read(
     if names[0].startswith(_DIST):
         folder = unpacked.folder / _DIST
         state = megatron_dist.read(folder, overrides=overrides, args=args)
-        source = dataclasses.replace(source, version=state.source.version, qkv_layout="v3")
+        about_run = state.source
+        source = dataclasses.replace(
+            source, version=about_run.version, qkv_layout="v3", stated=about_run.stated
+        )
         state = dataclasses.replace(state, source=source)
     else:
         ranks = [_rank(file, f"{path}: {name}", about, args) for name, file in files.items()]

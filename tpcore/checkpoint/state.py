@@ -46,6 +46,11 @@ HEADS = (
 )
 """Heads that tpcore has; the names of `tpcore.models.heads.HEADS`, known here without its code."""
 
+SIZES = frozenset(
+    ("hidden_size", "num_layers", "intermediate_size", "max_position_embeddings", "num_token_types")
+)
+"""Fields of the configuration that the shapes of the tensors say."""
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -65,6 +70,8 @@ class Source:
     files: tuple[Path, ...] = ()
     """All files that hold weights or settings."""
     tokenizer_files: tuple[Path, ...] = ()
+    stated: frozenset[str] = SIZES
+    """Fields of the configuration that the file itself says; the others are defaults."""
     settings: Mapping[str, Any] | None = None
     """What a .nemo file's model_config.yaml says."""
     keep: object = None

@@ -213,15 +213,16 @@ def check_records(path: Path, where: str | None = None) -> None:
     """
     where = str(path) if where is None else where
     with _mapped(path, where) as data:
-        if data[:4] != MAGIC:
-            return
-        for name, record in read_directory(data, where).items():
+        records = read_directory(data, where) if data[:4] == MAGIC else {}
+    # Ordinary reads: mapped pages would count as memory of the process.
+    with path.open("rb", buffering=0) as file:
+        for name, record in records.items():
             if record.crc == 0:
                 continue  # written without: torch.serialization.set_crc32_options(False)
-            crc = 0
-            for start in range(record.offset, record.offset + record.size, _CHUNK_BYTES):
-                end = min(start + _CHUNK_BYTES, record.offset + record.size)
-                crc = zlib.crc32(data[start:end], crc)
+            file.seek(record.offset)
+            crc, left = 0, record.size
+            while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
+                crc, left = zlib.crc32(chunk, crc), left - len(chunk)
             if crc != record.crc:
                 raise CheckpointError(
                     f"{where}: is damaged: {name} differs from its checksum; copy or download it "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from tpcore.cli.options import Commands, add_layout, in_words, positive
+from tpcore.cli.options import Commands, add_read_options, in_words, positive, read_options
 
 
 def add_commands(commands: Commands) -> None:
@@ -16,11 +16,13 @@ def add_commands(commands: Commands) -> None:
         description="Convert a checkpoint, or the best checkpoint of a run.",
     )
     convert.add_argument("source", help="checkpoint of any format, or the folder of a run")
-    convert.add_argument("destination", help="folder to make")
-    convert.add_argument("--to", required=True, choices=("megatron", "huggingface"))
+    convert.add_argument("destination", help="folder to make; with --to nemo, the file")
+    convert.add_argument(
+        "--to", required=True, choices=("megatron", "megatron-core", "nemo", "huggingface")
+    )
     convert.add_argument("--tensor-parallel-size", type=positive, default=1, metavar="N")
     convert.add_argument("--overwrite", action="store_true", help="replace a checkpoint there")
-    add_layout(convert)
+    add_read_options(convert)
     convert.set_defaults(command=_convert)
 
     inspect = commands.add_parser(
@@ -28,7 +30,7 @@ def add_commands(commands: Commands) -> None:
     )
     inspect.add_argument("path", help="checkpoint of any format, or the folder of a run")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
-    add_layout(inspect)
+    add_read_options(inspect)
     inspect.set_defaults(command=_inspect)
 
 
@@ -53,9 +55,9 @@ def _convert(arguments: argparse.Namespace) -> int:
             arguments.source,
             arguments.destination,
             to=arguments.to,
-            qkv_layout=arguments.qkv_layout,
             tensor_parallel_size=arguments.tensor_parallel_size,
             overwrite=arguments.overwrite,
+            **read_options(arguments),
         )
     print(
         f"{arguments.destination}: {info.format}, {info.num_parameters:,} parameters, "
@@ -80,6 +82,6 @@ def _inspect(arguments: argparse.Namespace) -> int:
             width = max(map(len, facts))
             print("\n".join(f"{n:<{width}}  {in_words(v)}" for n, v in facts.items()))
         return 0
-    info = checkpoint.inspect(arguments.path, qkv_layout=arguments.qkv_layout)
+    info = checkpoint.inspect(arguments.path, **read_options(arguments))
     print(json.dumps(info.to_dict(), indent=2) if arguments.json else info)
     return 0

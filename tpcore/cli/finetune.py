@@ -23,6 +23,11 @@ def add_commands(commands: Commands) -> None:
     finetune.add_argument("overrides", nargs="*", metavar="key=value", help="over the file")
     finetune.add_argument("--nproc-per-node", type=positive, metavar="N", help="start N ranks here")
     finetune.add_argument("--help-config", action="store_true", help="list all keys and exit")
+    # Names of the oldest scripts for the same settings.
+    for name, key in (("config", "config_file"), ("checkpoint", "lm_checkpoint")):
+        finetune.add_argument(
+            f"--bert_{name}", metavar="FILE", help=f"same as model.language_model.{key}=FILE"
+        )
     finetune.set_defaults(command=_finetune, restarts=True)
 
 
@@ -36,6 +41,9 @@ def _finetune(arguments: argparse.Namespace) -> int:
     from tpcore.train.launch import environment_int, is_under_torchrun, launch
 
     path, overrides = arguments.config, list(arguments.overrides)
+    for name, key in (("bert_config", "config_file"), ("bert_checkpoint", "lm_checkpoint")):
+        if getattr(arguments, name) is not None:
+            overrides.append(f"model.language_model.{key}={getattr(arguments, name)}")
     if "=" in path and not os.path.exists(path):
         path, overrides = None, [path, *overrides]
 

@@ -43,13 +43,33 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
 
 
-def add_layout(parser: argparse.ArgumentParser) -> None:
-    """How to read a Megatron file that does not say."""
+def add_read_options(parser: argparse.ArgumentParser) -> None:
+    """What a Megatron file does not say itself."""
     parser.add_argument(
         "--qkv-layout",
         choices=("v0", "v1", "v3"),
         help="order of the q/k/v rows, for a Megatron file that does not say",
     )
+    parser.add_argument(
+        "--config-file",
+        "--bert_config",
+        metavar="FILE",
+        help="JSON with the sizes and switches of the encoder; must agree with the checkpoint",
+    )
+    parser.add_argument("--num-attention-heads", type=positive, metavar="N")
+    parser.add_argument(
+        "--vocab-size", type=positive, metavar="N", help="entries of the vocabulary, unpadded"
+    )
+    parser.add_argument("--gelu", choices=("none", "tanh", "erf_1.41421"))
+
+
+def read_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What `add_read_options` parsed, as arguments of tpcore.checkpoint."""
+    options = {
+        name: getattr(arguments, name)
+        for name in ("qkv_layout", "config_file", "num_attention_heads", "vocab_size", "gelu")
+    }
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def positive(text: str) -> int:

@@ -265,6 +265,19 @@ class TokenClassificationSections(TaskSections):
             return str(folder / data.text_file), str(folder / data.labels_file)
         return None
 
+    def labels_file(self) -> str | None:
+        """The file of labels, in `data_dir` if it is there.
+
+        NeMo's files have label_ids.csv here whether there is one or not: it writes it itself.
+        """
+        name = self.class_labels.class_labels_file
+        if name is None:
+            return None
+        inside = Path(self.dataset.data_dir or "") / name
+        if name == "label_ids.csv" and not inside.exists() and not Path(name).exists():
+            return None
+        return str(inside) if inside.exists() else name
+
     def rules(self) -> Iterator[Rule]:
         """See the base class."""
         yield from super().rules()

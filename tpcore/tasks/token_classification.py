@@ -143,7 +143,7 @@ class TokenClassification:
         Raises:
             ValueError: settings do not fit; DataError when a file cannot be used.
         """
-        data, labels_file = config.dataset, config.class_labels.class_labels_file
+        data, labels_file = config.dataset, config.labels_file()
         columns = {"token_column": data.token_column, "label_column": data.label_column}
         labels = None if labels_file is None else Labels.from_file(labels_file)
         if labels is not None and labels.names[0] != data.pad_label:

@@ -198,7 +198,8 @@ class TrainConfig:
     """All keys of `tpcore finetune`."""
 
     task: str = MISSING
-    """What is learnt: a name of `tasks.settings.SECTIONS`."""
+    """What is learnt: text_classification, token_classification, question_answering, ...;
+    docs/tasks.md has them all."""
     model: ModelConfig = field(default_factory=ModelConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)

@@ -38,7 +38,6 @@ _ELSEWHERE = {
     "trainer.num_nodes": "the number of nodes is torchrun's --nnodes",
     "trainer.strategy": "there is one strategy; set model.tensor_model_parallel_size",
     "trainer.amp_level": "set trainer.precision",
-    "model.optim.sched.max_steps": "set trainer.max_steps or trainer.max_epochs",
 }
 
 
@@ -72,6 +71,11 @@ def load_config(
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"{override!r} (command line): {_one_line(error)}") from error
     cls = _class_for(parts)
+    if cls is TrainConfig:
+        where = f" ({path})" if path is not None else ""
+        raise ConfigError(
+            f"no value for task{where}; add it, or pass task=...: {', '.join(SECTIONS)}"
+        )
     merged = OmegaConf.structured(cls)
     for key, value in _task_defaults(cls).items():
         OmegaConf.update(merged, key, value)
