@@ -153,6 +153,8 @@ class CheckpointCallbackConfig:
     """How many of the best checkpoints to keep; 0: none."""
     save_last: bool = True
     """Keep <name>-last.ckpt, rewritten after each validation."""
+    save_nemo_on_train_end: bool = True
+    """End with checkpoints/<name>.nemo: the best weights with head, labels and vocabulary."""
     every_n_train_steps: int | None = None
     """Rewrite <name>-last.ckpt after so many steps too, for epochs that take hours."""
 
