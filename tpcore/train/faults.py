@@ -145,6 +145,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         try:
+            self._publish(0.0)
             while not self._stopped.wait(self._interval_s):
                 stalled_s = time.monotonic() - self._since
                 self._publish(stalled_s)
