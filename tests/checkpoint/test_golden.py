@@ -34,8 +34,9 @@ def _check_tanh(tp, folder):
 
 
 def test_the_collection_is_complete():
-    assert len(COMMITTED) >= 7
+    assert len(COMMITTED) >= 10
     assert {item.name for item in COMMITTED} >= {"v1.0_tp1", "ckptv1.0_tp2", "hf_bert_pretraining"}
+    assert {item.name for item in COMMITTED} >= {"nemo_tp2_v3", "mcore0.16.1_dist_tp2"}
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -160,6 +160,16 @@ def test_objects_that_attack(hostile, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def test_damaged_weights(hostile, folder):
+    file = folder / "__0_0.distcp"
+    raw = file.read_bytes()
+    weights = random_model(layers=LAYERS)["blocks.1.mlp.dense_in.weight"].numpy().tobytes()
+    at = raw.index(weights) + 100
+    file.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+    outcome = hostile.refuses(folder, "encoder.layers.1.mlp.linear_fc1.weight", "checksum")
+    assert outcome.inspected == ""
+
+
 CHUNKS = {
     "another shape": lambda path: _saved(path, torch.ones(3)),
     "another dtype": lambda path: _saved(path, torch.ones(48, 16, dtype=torch.int64)),

@@ -130,7 +130,34 @@ def write_glue(folder: Path) -> dict[str, Any]:
     }
 
 
+def write_punctuation_capitalization(folder: Path) -> dict[str, Any]:
+    """A full stop after each good word, and a capital at the next one."""
+    for name, count, seed in (("train", 24, 0), ("validation", 13, 1)):
+        draw = random.Random(seed)
+        texts, labels = [], []
+        for number in range(count):
+            length = 50 if number == 2 else draw.randint(3, 9)
+            words = [draw.choice(NAMES if draw.random() < 0.3 else OTHERS) for _ in range(length)]
+            starts = [True, *(word in NAMES for word in words[:-1])]
+            texts.append(" ".join(words))
+            pairs = zip(words, starts, strict=True)
+            labels.append(" ".join(("." if w in NAMES else "O") + "OU"[up] for w, up in pairs))
+        (folder / f"text_{name}.txt").write_text("\n".join(texts))
+        (folder / f"labels_{name}.txt").write_text("\n".join(labels))
+    return {
+        "model__dataset__data_dir": folder,
+        **{
+            f"model__{part}__{kind}_file": f"{kind}_{name}.txt"
+            for part, name in (("train_ds", "train"), ("validation_ds", "validation"))
+            for kind in ("text", "labels")
+        },
+        "model__train_ds__file_path": None,
+        "model__validation_ds__file_path": None,
+    }
+
+
 WRITERS = {
+    "punctuation_capitalization": write_punctuation_capitalization,
     "text_classification": write_text_classification,
     "text_regression": write_text_regression,
     "glue": write_glue,

@@ -26,7 +26,7 @@ from tpcore.checkpoint.info import CheckpointInfo
 from tpcore.checkpoint.progress import watched
 from tpcore.checkpoint.state import CanonicalState, Source
 from tpcore.checkpoint.stated import Stated, apply_stated, stated_config
-from tpcore.checkpoint.unpickle import check_records
+from tpcore.checkpoint.unpickle import check_embedded, check_records
 from tpcore.checkpoint.writers import Format
 from tpcore.layers.block import ActivationCheckpointing
 from tpcore.models.bert import BertModel
@@ -283,3 +283,5 @@ def _check_files(state: CanonicalState) -> None:
     for file in state.source.files:
         if file.suffix != ".distcp":  # many torch files in one
             check_records(file)
+    for file, offset, size, where in state.source.parts:
+        check_embedded(file, offset, size, where)

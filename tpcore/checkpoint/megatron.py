@@ -45,7 +45,7 @@ from tpcore.checkpoint.state import (
     sizes_from_shapes,
     tokenizer_files,
 )
-from tpcore.checkpoint.stored import Box, ConvertedPiece, Piece, StoredTensor, joined
+from tpcore.checkpoint.stored import Box, Piece, StoredTensor, joined
 from tpcore.models.config import BertConfig
 from tpcore.parallel.sharding import Sharded, full_shape
 
@@ -281,6 +281,36 @@ class _Replicas:
         return first
 
 
+@dataclass(frozen=True)
+class _Reordered:
+    """Rows of q, k and v in another order than the canonical one; whole heads are read."""
+
+    piece: Piece
+    layout: str
+    num_heads: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.piece.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.piece.dtype
+
+    def read_box(self, box: Box) -> Tensor:
+        """The part, in canonical order."""
+        (begin, end), rest = box[0], box[1:]
+        size = self.shape[0] // (3 * self.num_heads)
+        first, last = begin // (3 * size), -(-end // (3 * size))
+        rows = [(3 * first * size, 3 * last * size)]
+        if qkv.LAYOUTS[self.layout][0] == "3":  # all q, then all k, then all v
+            starts = (part * self.num_heads for part in range(3))
+            rows = [((n + first) * size, (n + last) * size) for n in starts]
+        parts = [self.piece.read_box((bounds, *rest)) for bounds in rows]
+        heads = qkv.to_canonical(torch.cat(parts), self.layout, last - first)
+        return heads[begin - 3 * first * size : end - 3 * first * size]
+
+
 def _join(
     name: str, pieces: list[Piece], *, layout: str, num_heads: int, where: str
 ) -> StoredTensor:
@@ -289,6 +319,5 @@ def _join(
         only = pieces[0] if len(pieces) == 1 else _Replicas(name, pieces, where)
         return joined([only], None)
     if _QKV.search(name) and qkv.LAYOUTS[layout] != qkv.CANONICAL:
-        convert = partial(qkv.to_canonical, layout=layout, num_heads=num_heads)
-        pieces = [ConvertedPiece(piece, convert) for piece in pieces]
+        pieces = [_Reordered(piece, layout, num_heads) for piece in pieces]
     return joined(pieces, sharding.dim)

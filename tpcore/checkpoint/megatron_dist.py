@@ -102,6 +102,13 @@ def read(
     }
     files = {folder / chunk.file for entry in entries.values() for chunk in entry.chunks}
     _check_files(files)
+    common_file = (folder / COMMON,) if (folder / COMMON).is_file() else ()
+    parts = tuple(
+        (folder / chunk.file, chunk.start, chunk.length, f"{folder / chunk.file}: {name}")
+        for name, entry in entries.items()
+        if not _is_dropped(name)
+        for chunk in entry.chunks
+    )
     layout = "stacked" if stacked else "one by one"
     return check_complete(
         CanonicalState(
@@ -122,7 +129,8 @@ def read(
                 lowercase=lowercase_from_args(run),
                 notes=(f"layers: {layout}", f"{'with' if run.values else 'without'} args"),
                 stated=stated_fields(run),
-                files=(folder / METADATA, *sorted(files)),
+                files=(folder / METADATA, *common_file, *sorted(files)),
+                parts=parts,
                 tokenizer_files=tokenizer_files((path, folder, folder.parent)),
             ),
         )
@@ -176,7 +184,7 @@ def _tensors(folder: Path, entries: Mapping[str, Entry]) -> tuple[dict[str, Stor
     tensors: dict[str, StoredTensor] = {}
     stacked = False
     for name, entry in entries.items():
-        if _DROPPED.fullmatch(name.removeprefix("model.")):
+        if _is_dropped(name):
             continue
         if entry.shape is None or entry.dtype is None:
             raise CheckpointError(
@@ -266,6 +274,10 @@ def _check_files(files: set[Path]) -> None:
     missing = sorted(str(file) for file in files if not file.is_file())
     if missing:
         raise CheckpointError(f"files are missing: {names.listing(missing)}")
+
+
+def _is_dropped(name: str) -> bool:
+    return _DROPPED.fullmatch(name.removeprefix("model.")) is not None
 
 
 def _without(prefix: str, name: str) -> str:

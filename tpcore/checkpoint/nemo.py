@@ -87,7 +87,11 @@ def read(
         state = megatron_dist.read(folder, overrides=overrides, args=args)
         about_run = state.source
         source = dataclasses.replace(
-            source, version=about_run.version, qkv_layout="v3", stated=about_run.stated
+            source,
+            version=about_run.version,
+            qkv_layout="v3",
+            stated=about_run.stated,
+            parts=about_run.parts,
         )
         state = dataclasses.replace(state, source=source)
     else:

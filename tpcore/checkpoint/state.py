@@ -69,6 +69,8 @@ class Source:
     notes: tuple[str, ...] = ()
     files: tuple[Path, ...] = ()
     """All files that hold weights or settings."""
+    parts: tuple[tuple[Path, int, int, str], ...] = ()
+    """Torch files inside of other files: the file, offset and size there, what errors call it."""
     tokenizer_files: tuple[Path, ...] = ()
     stated: frozenset[str] = SIZES
     """Fields of the configuration that the file itself says; the others are defaults."""

@@ -23,6 +23,8 @@ from tpcore.checkpoint.errors import CheckpointError
 from tpcore.checkpoint.unpickle import FileRange, load_embedded
 from tpcore.checkpoint.zip_directory import MAGIC, read_directory
 
+_BLOCK_BYTES = 2**20
+
 Box = tuple[tuple[int, int], ...]
 """A part of a tensor: begin and end in every dimension."""
 
@@ -89,6 +91,15 @@ class FilePiece:
             later = rest = ()
         if 0 in shape:
             return torch.empty([b - a for a, b in box], dtype=self.dtype)
+        rows = _BLOCK_BYTES // (stride[0] * self.dtype.itemsize or 1) if rest != later else 0
+        if 0 < rows < box[0][1] - box[0][0]:
+            # Some columns of many rows: in blocks, so that what is cut off takes no room.
+            result = torch.empty([b - a for a, b in box], dtype=self.dtype)
+            for begin in range(box[0][0], box[0][1], rows):
+                end = min(begin + rows, box[0][1])
+                target = slice(begin - box[0][0], end - box[0][0])
+                result[target] = self.read_box(((begin, end), *box[1:]))
+            return result
         span = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
         part = self._span(start, span).as_strided(shape, stride)
         if rest != later:
@@ -133,27 +144,6 @@ class HeldPiece:
     def read_box(self, box: Box) -> Tensor:
         """A view."""
         return self.tensor[tuple(slice(*bounds) for bounds in box)]
-
-
-@dataclass(frozen=True)
-class ConvertedPiece:
-    """A tensor whose rows are put in another order, which takes all of it."""
-
-    piece: Piece
-    convert: Callable[[Tensor], Tensor]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.piece.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.piece.dtype
-
-    def read_box(self, box: Box) -> Tensor:
-        """The part of the converted tensor."""
-        full = self.convert(whole(self.piece))
-        return full[tuple(slice(*bounds) for bounds in box)]
 
 
 @dataclass(frozen=True)

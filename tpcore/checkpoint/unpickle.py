@@ -19,6 +19,7 @@ import pickle
 import stat
 import warnings
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -28,7 +29,7 @@ from torch.serialization import safe_globals
 from tpcore.checkpoint.archive import Window
 from tpcore.checkpoint.errors import CheckpointError
 from tpcore.checkpoint.pickle_scan import MAX_BYTES, PickleScan
-from tpcore.checkpoint.zip_directory import MAGIC, read_directory
+from tpcore.checkpoint.zip_directory import MAGIC, Record, read_directory
 
 
 class InertStub:
@@ -214,12 +215,28 @@ def check_records(path: Path, where: str | None = None) -> None:
     where = str(path) if where is None else where
     with _mapped(path, where) as data:
         records = read_directory(data, where) if data[:4] == MAGIC else {}
+    _compare(path, 0, records, where)
+
+
+def check_embedded(path: Path, offset: int, size: int, where: str) -> None:
+    """As `check_records`, of a zip file that is a range of another file.
+
+    Raises:
+        CheckpointError: names the record that differs.
+    """
+    with _mapped(path, where) as data:
+        content = FileRange(data, offset, size, where)
+        records = read_directory(content, where) if content[:4] == MAGIC else {}
+    _compare(path, offset, records, where)
+
+
+def _compare(path: Path, base: int, records: Mapping[str, Record], where: str) -> None:
     # Ordinary reads: mapped pages would count as memory of the process.
     with path.open("rb", buffering=0) as file:
         for name, record in records.items():
             if record.crc == 0:
                 continue  # written without: torch.serialization.set_crc32_options(False)
-            file.seek(record.offset)
+            file.seek(base + record.offset)
             crc, left = 0, record.size
             while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
                 crc, left = zlib.crc32(chunk, crc), left - len(chunk)

@@ -15,7 +15,9 @@ def add_commands(commands: Commands) -> None:
         help="rewrite a checkpoint in another format or at another size",
         description="Convert a checkpoint, or the best checkpoint of a run.",
     )
-    convert.add_argument("source", help="checkpoint of any format, or the folder of a run")
+    convert.add_argument(
+        "source", help="checkpoint of any format, name of a release, or folder of a run"
+    )
     convert.add_argument("destination", help="folder to make; with --to nemo, the file")
     convert.add_argument(
         "--to", required=True, choices=("megatron", "megatron-core", "nemo", "huggingface")
@@ -28,7 +30,9 @@ def add_commands(commands: Commands) -> None:
     inspect = commands.add_parser(
         "inspect", help="what a checkpoint holds", description="Show what a checkpoint holds."
     )
-    inspect.add_argument("path", help="checkpoint of any format, or the folder of a run")
+    inspect.add_argument(
+        "path", help="checkpoint of any format, name of a release, or folder of a run"
+    )
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
     add_read_options(inspect)
     inspect.set_defaults(command=_inspect)

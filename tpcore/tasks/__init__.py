@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tpcore.tasks.glue import Glue
+    from tpcore.tasks.punctuation_capitalization import PunctuationCapitalization
     from tpcore.tasks.question_answering import QuestionAnswering
     from tpcore.tasks.relation_extraction import RelationExtraction
     from tpcore.tasks.task import DataError, Dataset, Example, Task, TaskBatch
@@ -24,6 +25,7 @@ _HOMES = {
     "Dataset": "task",
     "Example": "task",
     "Glue": "glue",
+    "PunctuationCapitalization": "punctuation_capitalization",
     "QuestionAnswering": "question_answering",
     "RelationExtraction": "relation_extraction",
     "Task": "task",
@@ -39,6 +41,7 @@ __all__ = [
     "Dataset",
     "Example",
     "Glue",
+    "PunctuationCapitalization",
     "QuestionAnswering",
     "RelationExtraction",
     "Task",
@@ -54,6 +57,7 @@ TASKS = {
     "text_regression": "TextRegression",
     "glue": "Glue",
     "token_classification": "TokenClassification",
+    "punctuation_capitalization": "PunctuationCapitalization",
     "question_answering": "QuestionAnswering",
     "relation_extraction": "RelationExtraction",
 }

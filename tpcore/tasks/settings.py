@@ -258,48 +258,27 @@ class TokenClassificationSections(TaskSections):
     def source(self, part: str) -> Source | None:
         """A file, or text and labels below `data_dir`."""
         data: TokenFileConfig = getattr(self, part)
-        folder = Path(self.dataset.data_dir or "")
-        if data.file_path:
-            return data.file_path
-        if data.text_file and data.labels_file:
-            return str(folder / data.text_file), str(folder / data.labels_file)
-        return None
+        return _sentence_source(data, self.dataset.data_dir)
 
     def labels_file(self) -> str | None:
         """The file of labels, in `data_dir` if it is there.
 
-        NeMo's files have label_ids.csv here whether there is one or not: it writes it itself.
+        NeMo's files name label_ids.csv whether there is one or not: it writes it itself.
         """
-        name = self.class_labels.class_labels_file
-        if name is None:
-            return None
-        inside = Path(self.dataset.data_dir or "") / name
-        if name == "label_ids.csv" and not inside.exists() and not Path(name).exists():
-            return None
-        return str(inside) if inside.exists() else name
+        name, folder = self.class_labels.class_labels_file, self.dataset.data_dir
+        return _labels_file(name, folder, "label_ids.csv")
 
     def rules(self) -> Iterator[Rule]:
         """See the base class."""
         yield from super().rules()
+        yield from _sentence_rules(self)
         data = self.dataset
-        for part in ("train_ds", "validation_ds", "test_ds"):
-            files: TokenFileConfig = getattr(self, part)
-            together = bool(files.text_file) == bool(files.labels_file)
-            yield expect(together, f"{part}.text_file", f"to be given with {part}.labels_file")
-            alone = not (files.file_path and files.text_file)
-            yield expect(alone, f"{part}.file_path", f"null where {part}.text_file is given")
         yield one_of("dataset.scheme", data.scheme, (None, "IOB1", "IOB2", "IOBES", "IO"))
         yield one_of("dataset.class_balancing", data.class_balancing, (None, "weighted_loss"))
         for key in ("token_column", "label_column"):
             column = getattr(data, key)
             is_number = column is None or column.removeprefix("-").isdecimal()
             yield expect(is_number, f"dataset.{key}", "the number of a column, from 0")
-        room = data.max_seq_length - 2
-        yield expect(
-            data.doc_stride is None or 0 < data.doc_stride <= room,
-            "dataset.doc_stride",
-            f"at least 1 and at most max_seq_length - 2 = {room}",
-        )
         yield is_dropout("head.fc_dropout", self.head.fc_dropout)
 
 
@@ -323,6 +302,105 @@ class RelationExtractionSections(TextClassificationSections):
     """Keys of task=relation_extraction."""
 
     dataset: RelationDatasetConfig = field(default_factory=RelationDatasetConfig)
+
+
+def _sentence_source(data: TokenFileConfig, folder: str | None) -> Source | None:
+    if data.file_path:
+        return data.file_path
+    if data.text_file and data.labels_file:
+        return str(Path(folder or "") / data.text_file), str(Path(folder or "") / data.labels_file)
+    return None
+
+
+def _labels_file(name: str | None, folder: str | None, written_by_nemo: str) -> str | None:
+    if name is None:
+        return None
+    inside = Path(folder or "") / name
+    if inside.exists():
+        return str(inside)
+    return None if name == written_by_nemo and not Path(name).exists() else name
+
+
+def _sentence_rules(sections: Any) -> Iterator[Rule]:
+    """Of the files of sentences, and of their windows."""
+    for part in ("train_ds", "validation_ds", "test_ds"):
+        files: TokenFileConfig = getattr(sections, part)
+        together = bool(files.text_file) == bool(files.labels_file)
+        yield expect(together, f"{part}.text_file", f"to be given with {part}.labels_file")
+        alone = not (files.file_path and files.text_file)
+        yield expect(alone, f"{part}.file_path", f"null where {part}.text_file is given")
+    room, stride = sections.dataset.max_seq_length - 2, sections.dataset.doc_stride
+    yield expect(
+        stride is None or 0 < stride <= room,
+        "dataset.doc_stride",
+        f"at least 1 and at most max_seq_length - 2 = {room}",
+    )
+
+
+# --- punctuation and capitalisation -------------------------------------------------------------
+
+
+@dataclass
+class PunctuationDatasetConfig(DatasetConfig):
+    """model.dataset of punctuation_capitalization."""
+
+    data_dir: str | None = None
+    """Folder of text_file and labels_file; null: those are paths of their own."""
+    max_seq_length: int = 128
+    """Longest window, special tokens included; longer sentences become several."""
+    doc_stride: int | None = None
+    """Tokens from one window's start to the next; null: half of what fits into one."""
+
+
+@dataclass
+class PunctuationLabelsConfig:
+    """model.class_labels of punctuation_capitalization."""
+
+    punct_labels_file: str | None = None
+    """File with one mark a line, O first; null: those of the training data."""
+
+
+@dataclass
+class PunctuationSections(TaskSections):
+    """Keys of task=punctuation_capitalization."""
+
+    no_meaning: ClassVar[Mapping[str, str]] = MappingProxyType(
+        NO_MEANING
+        | head_keys("punct_head", "punct_num_fc_layers")
+        | head_keys("capit_head", "capit_num_fc_layers")
+        | {
+            "capit_head.fc_dropout": "marks and capitals have one head; set model.punct_head",
+            "class_labels.capit_labels_file": "capitals are O and U",
+            "punct_label_ids": "set model.class_labels.punct_labels_file",
+            "capit_label_ids": "capitals are O and U",
+            "dataset.pad_label": "the label for none is O",
+            "dataset.ignore_extra_tokens": "labels stand on the first piece of each word",
+            "dataset.ignore_start_end": "[CLS] and [SEP] have no label",
+        }
+    )
+
+    dataset: PunctuationDatasetConfig = field(default_factory=PunctuationDatasetConfig)
+    class_labels: PunctuationLabelsConfig = field(default_factory=PunctuationLabelsConfig)
+    train_ds: TrainTokenFileConfig = field(default_factory=TrainTokenFileConfig)
+    validation_ds: TokenFileConfig = field(default_factory=TokenFileConfig)
+    test_ds: TokenFileConfig = field(default_factory=TokenFileConfig)
+    punct_head: TokenHeadConfig = field(default_factory=TokenHeadConfig)
+
+    def source(self, part: str) -> Source | None:
+        """As in token classification."""
+        data: TokenFileConfig = getattr(self, part)
+        return _sentence_source(data, self.dataset.data_dir)
+
+    def labels_file(self) -> str | None:
+        """The file of marks, in `data_dir` if it is there; NeMo writes the one that it names."""
+        name, folder = self.class_labels.punct_labels_file, self.dataset.data_dir
+        return _labels_file(name, folder, "punct_label_ids.csv")
+
+    def rules(self) -> Iterator[Rule]:
+        """See the base class."""
+        yield from super().rules()
+        yield from _sentence_rules(self)
+        yield is_dropout("punct_head.fc_dropout", self.punct_head.fc_dropout)
 
 
 # --- question answering -------------------------------------------------------------------------
@@ -407,6 +485,7 @@ SECTIONS: dict[str, type[TaskSections]] = {
     "text_regression": TextRegressionSections,
     "glue": GlueSections,
     "token_classification": TokenClassificationSections,
+    "punctuation_capitalization": PunctuationSections,
     "question_answering": QuestionAnsweringSections,
     "relation_extraction": RelationExtractionSections,
 }

@@ -32,7 +32,7 @@ class LanguageModelConfig:
     """model.language_model: the encoder to start from."""
 
     pretrained_model_name: str | None = None
-    """Name of a released encoder, or a checkpoint folder; gives configuration and case."""
+    """A checkpoint folder, or a released encoder, downloaded once (docs/checkpoints.md)."""
     lm_checkpoint: str | None = None
     """Checkpoint to start from: any file or folder that `tpcore inspect` reads."""
     config_file: str | None = None
@@ -46,7 +46,7 @@ class TokenizerConfig:
     """model.tokenizer: how text becomes tokens."""
 
     tokenizer_name: str | None = None
-    """Name of a released tokenizer; only its ending, -cased or -uncased, is used."""
+    """megatron-bert-uncased or -cased: the vocabulary in the package, if there is no other."""
     vocab_file: str | None = None
     """Vocab.txt, one token a line; null: the one that lies beside the checkpoint."""
     do_lower_case: bool | None = None
