@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from tpcore.parallel.meeting import store_of_this_round
+
 GroupT = TypeVar("GroupT", bound="ParallelGroup")
 
 # No error suggests a larger size: nobody splits a vocabulary of 30522 over 5087 ranks.
@@ -302,10 +304,18 @@ def _init_world(backend: str | None, timeout_s: float) -> None:
         # Layers may live on the CPU of a machine that has a GPU, so the same groups must serve CPU
         # tensors.
         backend = backend or "cpu:gloo,cuda:nccl"
+    rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
+    store: dist.Store | None = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        agent_store, _, _ = next(
+            dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout_s))
+        )
+        store = store_of_this_round(agent_store, rank, world_size, timeout_s)
     dist.init_process_group(
         backend or "gloo",
-        rank=environment["RANK"],
-        world_size=environment["WORLD_SIZE"],
+        store=store,
+        rank=rank,
+        world_size=world_size,
         timeout=timedelta(seconds=timeout_s),
         device_id=device_id,
     )
