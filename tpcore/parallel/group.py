@@ -20,7 +20,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
 
 from tpcore.parallel.meeting import store_of_this_round
 
@@ -305,10 +307,10 @@ def _init_world(backend: str | None, timeout_s: float) -> None:
         # tensors.
         backend = backend or "cpu:gloo,cuda:nccl"
     rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
-    store: dist.Store | None = None
+    store: Store | None = None
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         agent_store, _, _ = next(
-            dist.rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout_s))
+            rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout_s))
         )
         store = store_of_this_round(agent_store, rank, world_size, timeout_s)
     dist.init_process_group(

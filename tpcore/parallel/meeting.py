@@ -17,14 +17,12 @@ import time
 import uuid
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 
 _POLL_S = 0.02
 
 
-def store_of_this_round(
-    store: dist.Store, rank: int, world_size: int, timeout_s: float
-) -> dist.Store:
+def store_of_this_round(store: Store, rank: int, world_size: int, timeout_s: float) -> Store:
     """A store with only what the ranks of this round put there.
 
     Args:
@@ -42,7 +40,7 @@ def store_of_this_round(
         store.wait([f"tpcore/welcome/{name}"], timedelta(seconds=timeout_s))
         prefix = store.get(f"tpcore/welcome/{name}").decode()
         store.add(f"tpcore/ready/{prefix}", 1)
-        return dist.PrefixStore(prefix, store)
+        return PrefixStore(prefix, store)
     deadline = time.monotonic() + timeout_s
     welcomed: dict[int, bytes] = {}
     while store.add(f"tpcore/ready/{name}", 0) < world_size - 1:
@@ -59,4 +57,4 @@ def store_of_this_round(
                 f"{timeout_s:g} s; see whether all launchers were started"
             )
         time.sleep(_POLL_S)
-    return dist.PrefixStore(name, store)
+    return PrefixStore(name, store)
