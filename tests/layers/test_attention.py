@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.device import DEVICE
 from tests.helpers.ranks import run_ranks
 from tests.kernels.harness import require
 from tests.layers.plain_attention import attention
@@ -65,7 +66,7 @@ def _context(lengths=LENGTHS, seed=7):
 
 
 def _x(dtype=torch.float32, lengths=LENGTHS):
-    return torch.randn(sum(lengths), H, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.randn(sum(lengths), H, generator=torch.Generator(DEVICE).manual_seed(1)).to(dtype)
 
 
 def _run(module, x, dropout, lengths=LENGTHS):

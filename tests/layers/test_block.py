@@ -89,7 +89,7 @@ def _twin(p, x, options, dropout):
 def _check_twin(tp, options, with_dropout, dtype):
     dropout = _context() if with_dropout else None
     sequences = PackedSequences.from_lengths(LENGTHS)
-    x = torch.randn(sum(LENGTHS), H, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(sum(LENGTHS), H, generator=torch.Generator(DEVICE).manual_seed(1)).to(dtype)
     check_against_twin(
         tp,
         lambda group: _build(
@@ -162,7 +162,7 @@ def test_frozen(size):
 def _check_autocast(tp):
     block = _build(tp, hidden_dropout=0.1, attention_dropout=0.1, init_std=0.3)
     sequences = PackedSequences.from_lengths(LENGTHS)
-    x = torch.randn(sum(LENGTHS), H, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(sum(LENGTHS), H, generator=torch.Generator(DEVICE).manual_seed(1))
     results = []
     for enabled in (False, True):
         leaf = x.clone().requires_grad_()
@@ -230,7 +230,7 @@ def test_compiles_to_one_graph(checkpointing):
     compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     sequences, results = PackedSequences.from_lengths(LENGTHS), []
     for function in (block, compiled):
-        x = torch.randn(sum(LENGTHS), H, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(sum(LENGTHS), H, generator=torch.Generator(DEVICE).manual_seed(1))
         y = function(x.requires_grad_(), sequences, _context())
         y.square().sum().backward()
         results.append((y.detach(), x.grad))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.helpers.device import on_the_cpu
+from tests.helpers.device import DEVICE, on_the_cpu
 from tests.helpers.ranks import run_ranks
 from tpcore.layers.embedding import VocabParallelEmbedding
 from tpcore.parallel.group import TensorParallelGroup
@@ -28,7 +28,9 @@ def _check_equals_plain(tp, dtype):
     expected = F.embedding(ids, full)
     # One rank has the row and the others add zeros: no rounding in any dtype.
     assert torch.equal(y, expected)
-    grad_y = torch.randint(-4, 5, y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    grad_y = torch.randint(-4, 5, y.shape, generator=torch.Generator(DEVICE).manual_seed(2)).to(
+        dtype
+    )
     y.backward(grad_y)
     expected.backward(grad_y)
     assert torch.equal(layer.weight.grad, shard(full.grad, Sharded(0), tp.rank, tp.size))

@@ -27,7 +27,7 @@ def _twin(parameters, x):
 
 
 def _x(dtype, *leading):
-    return torch.randn(*leading, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.randn(*leading, IN, generator=torch.Generator(DEVICE).manual_seed(1)).to(dtype)
 
 
 def _add_bias(module, x):

@@ -77,14 +77,14 @@ def _transport(tp, shared):
 
 
 def _backward(y):
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y.dtype)
+    grad = torch.randn(y.shape, generator=torch.Generator(DEVICE).manual_seed(3)).to(y.dtype)
     with _Recorder() as recorder:
         y.backward(grad)
     return grad, recorder.names
 
 
 def _x(rows, dtype=torch.float32, width=IN, seed=1):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     return torch.randn(rows, width, generator=generator).to(dtype).requires_grad_()
 
 
@@ -315,6 +315,15 @@ def test_main_grad_when_compiled():
     torch.compile(layer, backend="aot_eager")(x).sum().backward()
     torch.testing.assert_close(layer.weight.main_grad, x.detach().sum(0).expand(OUT, IN))
     assert layer.weight.grad is None
+
+
+def test_main_grad_of_a_computed_weight_is_refused():
+    layer = ColumnParallelLinear(
+        IN, OUT, tp=TensorParallelGroup.single(), accumulate_main_grad=True
+    )
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(ValueError, match="computed from others"):
+        layer(torch.ones(2, IN))
 
 
 def test_main_grad_of_float64_is_float64():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.helpers.device import DEVICE
 from tests.helpers.ranks import run_ranks
 from tests.layers.twins import assert_as_accurate_as_torch
 from tpcore.layers import loss as loss_module
@@ -16,7 +17,7 @@ T, V, PADDED = 11, 13, 24  # at size 4 the last shard holds nothing but padding
 
 
 def _inputs(dtype):
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     logits = (4 * torch.randn(T, PADDED, generator=generator)).to(dtype)
     logits[:, V:] = 50.0  # would dominate the softmax if padding took part
     target = torch.randint(0, V, (T,), generator=generator)
@@ -115,3 +116,15 @@ def _check_number_of_collectives(tp):
 
 def test_two_collectives_forward_and_none_backward():
     run_ranks(_check_number_of_collectives, 2)
+
+
+def _check_more_classes_than_columns(tp):
+    logits, target = torch.zeros(2, 4), torch.tensor([0, 1])
+    for num_classes in (0, 4 * tp.size + 1):
+        with pytest.raises(ValueError, match=f"num_classes={num_classes}; expected 1 to"):
+            vocab_parallel_cross_entropy(logits, target, tp=tp, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_every_class_needs_a_column(size):
+    run_ranks(_check_more_classes_than_columns, size)

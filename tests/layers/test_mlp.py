@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.helpers.device import DEVICE
 from tests.helpers.ranks import run_ranks
 from tests.layers.twins import check_against_twin
 from tpcore.layers.mlp import MLP
@@ -31,7 +32,7 @@ def _check(tp, gelu, bias, dtype):
     def build(group):
         return MLP(H, INNER, tp=group, gelu=gelu, bias=bias, dtype=dtype)
 
-    x = torch.randn(9, H, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x = torch.randn(9, H, generator=torch.Generator(DEVICE).manual_seed(1)).to(dtype)
     check_against_twin(tp, build, twin, x, run=run)
 
 

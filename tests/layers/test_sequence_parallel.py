@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.helpers.device import DEVICE
 from tests.helpers.ranks import run_ranks
 from tests.layers import test_block as block
 from tests.layers.plain_attention import attention
@@ -33,7 +34,7 @@ by_size_and_dtype = pytest.mark.parametrize(
 
 
 def _x(dtype, *shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.randn(*shape, generator=torch.Generator(DEVICE).manual_seed(1)).to(dtype)
 
 
 def _plus_bias(module, *args):
@@ -152,7 +153,7 @@ def _check_embedding(tp, dtype):
     ids = torch.tensor([0, 12, 5, 5, 7, 3, 12, 4])
     y, expected = layer(ids), full(ids)
     assert torch.equal(y, shard(expected, SHARE, tp.rank, tp.size))
-    grad = torch.randint(-4, 5, (8, 6), generator=torch.Generator().manual_seed(2)).to(dtype)
+    grad = torch.randint(-4, 5, (8, 6), generator=torch.Generator(DEVICE).manual_seed(2)).to(dtype)
     y.backward(shard(grad, SHARE, tp.rank, tp.size))
     expected.backward(grad)
     assert torch.equal(layer.weight.grad, shard(full.weight.grad, SHARE, tp.rank, tp.size))

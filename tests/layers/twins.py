@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.device import DEVICE
 from tpcore.parallel.group import TensorParallelGroup
 from tpcore.parallel.sharding import Replicated, Sharding, shard, sharding_table
 
@@ -57,7 +58,7 @@ def build_sharded_and_full(
     torch.manual_seed(3)
     full = dict(build(TensorParallelGroup.single()).named_parameters())
     table = sharding_table(module)
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator(DEVICE).manual_seed(4)
     with torch.no_grad():
         for name, own in module.named_parameters():
             piece = shard(full[name], table[name], tp.rank, tp.size, name=name)
@@ -93,7 +94,7 @@ def check_against_twin(
         twin_y = twin(leaves, twin_x)
         if not results:
             grad_y = torch.randn(
-                twin_y.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+                twin_y.shape, generator=torch.Generator(DEVICE).manual_seed(5), dtype=torch.float64
             ).to(x.dtype)
         twin_y.backward(grad_y.to(dtype))
         results.append((twin_y.detach(), twin_x.grad, {n: p.grad for n, p in leaves.items()}))

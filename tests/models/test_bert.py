@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers.device import DEVICE
 from tests.helpers.ranks import run_ranks
 from tpcore.models.bert import BertModel
 from tpcore.models.config import BertConfig
@@ -29,7 +30,7 @@ TINY = BertConfig(
     hidden_dropout=0.0,
     attention_dropout=0.0,
 )
-IDS = torch.randint(1, 97, (3, 11), generator=torch.Generator().manual_seed(5))
+IDS = torch.randint(1, 97, (3, 11), generator=torch.Generator(DEVICE).manual_seed(5))
 MASK = (torch.arange(11) < torch.tensor([[11], [4], [8]])).long()  # 23 tokens
 BATCH = {"input_ids": IDS * MASK, "attention_mask": MASK}
 

@@ -90,6 +90,7 @@ def test_parameters(size, changes):
     assert counts == [cost.parameters_of_rank(config, size)] * size
 
 
+@on_the_cpu
 def test_operations_of_the_linear_layers():
     layers = CONFIG.num_layers
     counted = _step(CONFIG, None)[1] - _step(CONFIG.replace(num_layers=1), None)[1]

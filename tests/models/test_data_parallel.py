@@ -8,6 +8,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.helpers.device import on_the_cpu
 from tests.helpers.ranks import run_mesh
 from tests.models.test_sequence_parallel import CONFIG
 from tpcore.models.bert import BertModel
@@ -17,6 +18,9 @@ from tpcore.parallel.collectives import all_reduce
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
 from tpcore.parallel.random import step_seed
 from tpcore.parallel.sharding import shard, sharding_table
+
+# DistributedDataParallel and FSDP want NCCL for CUDA tensors, and NCCL a GPU for each rank.
+pytestmark = on_the_cpu
 
 LENGTHS = (9, 4, 11, 7)  # the two halves have 13 and 18 tokens
 LABELS = torch.tensor([1, 0, 2, 1])

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.device import on_the_cpu
+from tests.helpers.device import DEVICE, on_the_cpu
 from tests.helpers.ranks import run_ranks
 from tests.kernels.harness import require
 from tpcore.parallel import collectives, shared_memory
@@ -159,7 +159,7 @@ def test_forward(name, size, dtype):
 def _value(kind, shape, tp, seed):
     """A random value of one kind: equal on all ranks, or another one on each."""
     own = 0 if kind == "one" else tp.rank
-    generator = torch.Generator().manual_seed(1000 * seed + own)
+    generator = torch.Generator(DEVICE).manual_seed(1000 * seed + own)
     return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
@@ -254,3 +254,19 @@ def _check_compiled(tp):
 @on_the_cpu
 def test_compiles_to_one_graph():
     run_ranks(_check_compiled, 2)
+
+
+def _check_second_derivative(tp, name):
+    function = _function(name)
+    arguments = AUTOGRAD[name][0] if name != "copy_all_to" else ()
+    x = torch.ones(4, 8, requires_grad=True)
+    y = function(x, tp, *arguments)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    # Beside a term that has a second derivative, one that lacks its own would go unnoticed.
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (grad * x).sum().backward()
+
+
+@pytest.mark.parametrize("name", AUTOGRAD)
+def test_a_second_derivative_is_refused(name):
+    run_ranks(_check_second_derivative, 2, name)

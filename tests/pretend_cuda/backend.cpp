@@ -5,6 +5,7 @@
 // same bindings and kernels as on a GPU, the kernels emulated (tests/cuda_emulation).
 //
 // To be preloaded: torch looks for CUDA once, while it is imported.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/DeviceAccelerator.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
@@ -81,6 +82,30 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
 };
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 
+// Of a device that draws what the CPU draws: `host` is the generator that the CPU's kernels get.
+struct GeneratorOnTheDevice final : c10::GeneratorImpl {
+  GeneratorOnTheDevice()
+      : GeneratorImpl(kDevice, c10::DispatchKeySet(c10::DispatchKey::CUDA)),
+        host(at::detail::createCPUGenerator()) {}
+  void set_current_seed(uint64_t seed) override { host.set_current_seed(seed); }
+  void set_offset(uint64_t offset) override { host.set_offset(offset); }
+  uint64_t get_offset() const override { return host.get_offset(); }
+  uint64_t current_seed() const override { return host.current_seed(); }
+  uint64_t seed() override { return host.seed(); }
+  void set_state(const c10::TensorImpl& state) override {
+    host.unsafeGetGeneratorImpl()->set_state(state);
+  }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
+    return host.unsafeGetGeneratorImpl()->get_state();
+  }
+  GeneratorOnTheDevice* clone_impl() const override {
+    auto* copy = new GeneratorOnTheDevice();
+    copy->host = host.clone();
+    return copy;
+  }
+  mutable at::Generator host;
+};
+
 struct CUDAHooks : at::CUDAHooksInterface {
   explicit CUDAHooks(at::CUDAHooksArgs) {}
   void init() const override {}
@@ -98,6 +123,9 @@ struct CUDAHooks : at::CUDAHooksInterface {
   bool isPinnedPtr(const void*) const override { return false; }
   Device getDeviceFromPtr(void*) const override { return kDevice; }
   void deviceSynchronize(DeviceIndex) const override {}
+  at::Generator getNewGenerator(DeviceIndex) const override {
+    return at::make_generator<GeneratorOnTheDevice>();
+  }
 };
 using at::CUDAHooksRegistry;
 using at::RegistererCUDAHooksRegistry;
@@ -233,6 +261,14 @@ void by_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const std::string& name = op.schema().name();
   TORCH_CHECK(name.rfind("aten::", 0) == 0, name, " has no CUDA kernel");
   check_devices(op, *stack);
+  for (size_t i = stack->size() - op.schema().arguments().size(); i < stack->size(); ++i) {
+    if (!(*stack)[i].isGenerator()) continue;
+    at::Generator generator = (*stack)[i].toGenerator();
+    TORCH_CHECK(generator.device().is_cuda(),
+                "Expected a 'cuda' device type for generator but found '",
+                generator.device().type(), "'");
+    (*stack)[i] = generator.get<GeneratorOnTheDevice>()->host;
+  }
   at::native::cpu_fallback(op, stack, /*error_on_views=*/true);
 }
 

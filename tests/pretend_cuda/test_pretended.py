@@ -41,9 +41,15 @@ x = torch.randn(3, 8, device="cuda", requires_grad=True)
 assert x.device == torch.device("cuda", 0) and x.is_cuda
 (x.relu() @ x.t()).sum().backward()
 assert x.grad.is_cuda and torch.equal(x.cpu(), x.detach().cpu())
+generator = torch.Generator("cuda")
+draws = [
+    torch.randn(9, generator=generator.manual_seed(seed), device="cuda") for seed in (1, 1, 2)
+]
+assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[1], draws[2])
 for call in (
     lambda: x @ torch.ones(8, 3),
     lambda: torch.embedding(x, torch.tensor([0, 1])),
+    lambda: torch.randn(3, device="cuda", generator=torch.Generator()),
     lambda: torch.ops.tpcore.bias_gelu_forward(x.detach(), torch.ones(8), "none"),
 ):
     try:
@@ -55,6 +61,24 @@ for call in (
 print("ok")
 """
     assert _run("-c", f"from tpcore import _native\n{program}") == "ok\n"
+
+
+def test_a_refused_launch_is_an_error_that_names_it():
+    program = """
+import ctypes, torch
+from tpcore import _native, kernels
+x = torch.ones(2, 4, device="cuda")
+ctypes.CDLL(str(_native.status("cuda").path)).emulation_refuse_next_launch(719)
+try:
+    kernels.bias_gelu(x)
+except RuntimeError as error:
+    assert "launching bias_gelu_forward failed: emulated error" in str(error), error
+else:
+    raise AssertionError("nothing was said")
+assert kernels.bias_gelu(x).sum() > 0, "the error stayed"
+print("ok")
+"""
+    assert _run("-c", program) == "ok\n"
 
 
 def test_every_kernel_through_the_bindings():

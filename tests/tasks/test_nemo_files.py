@@ -66,6 +66,31 @@ FILES = {
   classifier_head: {{num_output_layers: 2, fc_dropout: 0.1}}
   infer_samples: [by the end of no such thing the audience , director]
 """,
+    "punctuation_capitalization": f"""\
+  punct_label_ids: null
+  capit_label_ids: null
+  class_labels: {{punct_labels_file: punct_label_ids.csv, capit_labels_file: capit_label_ids.csv}}
+  dataset: {{data_dir: data, max_seq_length: 128, pad_label: 'O', ignore_extra_tokens: false,
+    ignore_start_end: true, use_cache: false, num_workers: 2, pin_memory: false, drop_last: false}}
+  train_ds: {{text_file: text_train.txt, labels_file: labels_train.txt, shuffle: true, {LOADER}}}
+  validation_ds: {{text_file: text_dev.txt, labels_file: labels_dev.txt, shuffle: false, {LOADER}}}
+  punct_head: {{punct_num_fc_layers: 1, fc_dropout: 0.1, activation: relu,
+    use_transformer_init: true}}
+  capit_head: {{capit_num_fc_layers: 1, fc_dropout: 0.1, activation: relu,
+    use_transformer_init: true}}
+""",
+    "intent_slot_classification": f"""\
+  data_dir: data
+  class_labels: {{intent_labels_file: intent_labels.csv, slot_labels_file: slot_labels.csv}}
+  class_balancing: null
+  intent_loss_weight: 0.6
+  pad_label: -1
+  ignore_extra_tokens: false
+  ignore_start_end: true
+  train_ds: {{prefix: train, shuffle: true, {LOADER}}}
+  validation_ds: {{prefix: test, shuffle: false, {LOADER}}}
+  head: {{num_output_layers: 2, fc_dropout: 0.1}}
+""",
     "glue": f"""\
   task_name: rte
   supported_tasks: [cola, rte]
@@ -79,6 +104,8 @@ SOURCES = {
     "question_answering": "train.json",
     "token_classification": ("data/text_train.txt", "data/labels_train.txt"),
     "text_classification": "train.tsv",
+    "punctuation_capitalization": ("data/text_train.txt", "data/labels_train.txt"),
+    "intent_slot_classification": "data/train.tsv",
     "glue": "glue/RTE/train.tsv",
 }
 

@@ -156,7 +156,34 @@ def write_punctuation_capitalization(folder: Path) -> dict[str, Any]:
     }
 
 
+def write_intent_slot_classification(folder: Path) -> dict[str, Any]:
+    """Good words are slots; whether there are two of them is the intent."""
+    (folder / "dict.intents.csv").write_text("one\ntwo\n")
+    (folder / "dict.slots.csv").write_text("B-good\nI-good\nO\n")
+    for name, count, seed in (("train", 24, 0), ("validation", 13, 1)):
+        draw = random.Random(seed)
+        rows, slots = ["sentence\tlabel"], []
+        for number in range(count):
+            words = [draw.choice(OTHERS) for _ in range(40 if number == 2 else 6)]
+            ids = [2] * len(words)
+            words[1], ids[1] = draw.choice(NAMES), 0
+            if number % 2:
+                words[2], ids[2] = draw.choice(NAMES), 1
+            rows.append(f"{' '.join(words)}\t{number % 2}")
+            slots.append(" ".join(map(str, ids)))
+        (folder / f"{name}.tsv").write_text("\n".join(rows))
+        (folder / f"{name}_slots.tsv").write_text("\n".join(slots))
+    return {
+        "model__data_dir": folder,
+        "model__train_ds__prefix": "train",
+        "model__validation_ds__prefix": "validation",
+        "model__train_ds__file_path": None,
+        "model__validation_ds__file_path": None,
+    }
+
+
 WRITERS = {
+    "intent_slot_classification": write_intent_slot_classification,
     "punctuation_capitalization": write_punctuation_capitalization,
     "text_classification": write_text_classification,
     "text_regression": write_text_regression,

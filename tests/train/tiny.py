@@ -44,7 +44,7 @@ def write_data(path: Path, count: int, seed: int = 0) -> Path:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(number: int) -> int:
-        return int(torch.randint(number, (1,), generator=generator))
+        return int(torch.randint(number, (1,), generator=generator, device="cpu"))
 
     lines = []
     for index in range(count):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpcore.checkpoint.errors import printable
+from tpcore.checkpoint.names import VOCABULARY_PARAMETERS
 from tpcore.checkpoint.state import CanonicalState, sharding_of
 from tpcore.models.config import BertConfig
 from tpcore.parallel.sharding import Sharded
@@ -24,6 +25,8 @@ class ParameterInfo:
     dtype: str
     sharding: str
     """`rows` or `columns` where ranks hold slices of it, `replicated` where each holds it whole."""
+    padding: int = 0
+    """How many of its rows only pad the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,7 @@ class CheckpointInfo:
     def from_state(cls, state: CanonicalState) -> CheckpointInfo:
         """The facts of a state; reads no tensor."""
         source = state.source
+        padding = state.vocab_rows - state.config.vocab_size
         return cls(
             path=str(source.path),
             format=source.format,
@@ -69,6 +73,7 @@ class CheckpointInfo:
                     tensor.shape,
                     str(tensor.dtype).removeprefix("torch."),
                     _in_words(name),
+                    padding if name in VOCABULARY_PARAMETERS else 0,
                 )
                 for name, tensor in state.tensors.items()
             ),
@@ -84,6 +89,18 @@ class CheckpointInfo:
                 size *= dim
             total += size
         return total
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Parts of a pre-trained model that the file does not hold."""
+        names = {entry.name for entry in self.parameters}
+        parts = {
+            "pooler": "pooler.dense.weight",
+            "token type embeddings": "embeddings.token_type_embeddings.weight",
+            "masked-LM head": "head.lm.bias",
+            "binary head": "head.binary.weight",
+        }
+        return tuple(part for part, name in parts.items() if name not in names)
 
     @property
     def possible_tensor_parallel_sizes(self) -> tuple[int, ...]:
@@ -108,6 +125,7 @@ class CheckpointInfo:
             "head_kwargs": dict(self.head_kwargs),
             "labels": None if self.labels is None else list(self.labels),
             "notes": list(self.notes),
+            "missing": list(self.missing),
             "num_parameters": self.num_parameters,
             "parameters": [
                 {
@@ -115,6 +133,7 @@ class CheckpointInfo:
                     "shape": list(entry.shape),
                     "dtype": entry.dtype,
                     "sharding": entry.sharding,
+                    "padding": entry.padding,
                 }
                 for entry in self.parameters
             ],
@@ -143,6 +162,7 @@ class CheckpointInfo:
             "vocabulary": rows,
             "head": head,
             "labels": ", ".join(self.labels or ()),
+            "not in the file": ", ".join(self.missing),
             "notes": "; ".join(self.notes),
             "parameters": f"{self.num_parameters:,}",
         }
@@ -156,6 +176,7 @@ class CheckpointInfo:
         width = max(len(entry.name) for entry in self.parameters) + 2
         lines += [
             f"  {entry.name:<{width}}{list(entry.shape)!s:<16}{entry.dtype:<10}{entry.sharding}"
+            + (f", the last {entry.padding} padding" if entry.padding else "")
             for entry in self.parameters
         ]
         return "\n".join(map(printable, lines))  # labels and names are the file's

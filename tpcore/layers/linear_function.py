@@ -81,6 +81,9 @@ def linear(
             whoever steps the weight reads and zeroes it. ``weight.grad`` stays None, so what waits
             for it (DistributedDataParallel, FSDP2) does not see it. torch.compile breaks its graph
             here.
+
+    Raises:
+        ValueError: ``accumulate_main_grad`` for a weight that is computed from others.
     """
     if not accumulate_main_grad:
         return F.linear(x, weight, bias)
@@ -97,6 +100,12 @@ def _linear(
 ) -> Tensor:
     if exchange == "sequence" and x.ndim < 2:
         raise ValueError(f"x has shape {list(x.shape)}; expected [t/tp, ..., in]")
+    if accumulate_main_grad and not weight.is_leaf:
+        # Its gradient would end in an attribute of a tensor that nobody steps.
+        raise ValueError(
+            "accumulate_main_grad needs a weight that is a parameter, and this one is computed "
+            "from others (a parametrization, a scaled or shared weight); leave it out here"
+        )
     parameter = weight if accumulate_main_grad else None
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         # Here and not inside the Function: its backward runs outside autocast, and the casts need

@@ -42,8 +42,19 @@ def vocab_parallel_cross_entropy(
 
     Returns:
         float32 [t], the same on every rank; 0 where the target is ignore_index.
+
+    Raises:
+        ValueError: there are more classes than columns on all ranks together, or what
+            ``tpcore.kernels.cross_entropy`` refuses.
     """
     num_columns = logits.shape[-1]
+    num_classes = num_columns * tp.size if num_classes is None else num_classes
+    # With a combine the kernel cannot know: a target without a column would count as logit 0.
+    if not 0 < num_classes <= num_columns * tp.size:
+        raise ValueError(
+            f"num_classes={num_classes}; expected 1 to {num_columns * tp.size}, the columns of "
+            f"logits {list(logits.shape)} on {tp.size} ranks"
+        )
 
     def combine(
         maximum: Tensor, sum_exp: Tensor, target_logit: Tensor, sum_logits: Tensor
@@ -58,7 +69,7 @@ def vocab_parallel_cross_entropy(
         logits,
         target,
         vocab_start=tp.rank * num_columns,
-        num_classes=num_columns * tp.size if num_classes is None else num_classes,
+        num_classes=num_classes,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,

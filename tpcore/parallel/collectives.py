@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _resolve_process_group
+from torch.autograd.function import once_differentiable
 
 from tpcore.parallel import shared_memory
 from tpcore.parallel.group import ParallelGroup, TensorParallelGroup, divide
@@ -200,6 +201,7 @@ class _CopyTo(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return all_reduce(grad_output, ctx.tp), None
 
@@ -211,6 +213,7 @@ class _CopyAllTo(torch.autograd.Function):
         return tuple(x.view_as(x) for x in tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         joined = all_reduce(torch.cat([grad.reshape(-1) for grad in grads]), ctx.tp)
         pieces = joined.split([grad.numel() for grad in grads])
@@ -223,6 +226,7 @@ class _ReduceFrom(torch.autograd.Function):
         return all_reduce(x, tp)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return grad_output, None
 
@@ -234,6 +238,7 @@ class _ScatterTo(torch.autograd.Function):
         return own_slice(x, tp, dim).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         return all_gather(grad_output, ctx.tp, ctx.dim), None, None
 
@@ -245,6 +250,7 @@ class _GatherFrom(torch.autograd.Function):
         return all_gather(x, tp, dim)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
         return own_slice(grad_output, ctx.tp, ctx.dim).contiguous(), None, None
 
@@ -256,6 +262,7 @@ class _GatherFromSequence(torch.autograd.Function):
         return all_gather(x, tp)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return reduce_scatter(grad_output, ctx.tp), None
 
@@ -267,6 +274,7 @@ class _ReduceScatterToSequence(torch.autograd.Function):
         return reduce_scatter(x, tp)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
         return all_gather(grad_output, ctx.tp), None
 

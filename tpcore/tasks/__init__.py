@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tpcore.tasks.glue import Glue
+    from tpcore.tasks.intent_slot_classification import IntentSlotClassification
     from tpcore.tasks.punctuation_capitalization import PunctuationCapitalization
     from tpcore.tasks.question_answering import QuestionAnswering
     from tpcore.tasks.relation_extraction import RelationExtraction
@@ -25,6 +26,7 @@ _HOMES = {
     "Dataset": "task",
     "Example": "task",
     "Glue": "glue",
+    "IntentSlotClassification": "intent_slot_classification",
     "PunctuationCapitalization": "punctuation_capitalization",
     "QuestionAnswering": "question_answering",
     "RelationExtraction": "relation_extraction",
@@ -41,6 +43,7 @@ __all__ = [
     "Dataset",
     "Example",
     "Glue",
+    "IntentSlotClassification",
     "PunctuationCapitalization",
     "QuestionAnswering",
     "RelationExtraction",
@@ -58,6 +61,7 @@ TASKS = {
     "glue": "Glue",
     "token_classification": "TokenClassification",
     "punctuation_capitalization": "PunctuationCapitalization",
+    "intent_slot_classification": "IntentSlotClassification",
     "question_answering": "QuestionAnswering",
     "relation_extraction": "RelationExtraction",
 }

@@ -29,6 +29,7 @@ NO_MEANING = {
     "dataset.do_lower_case": "case follows the vocabulary; model.tokenizer.do_lower_case changes "
     "that",
     "optim.sched.max_steps": "set trainer.max_steps or trainer.max_epochs",
+    "language_model.max_seq_length": "set model.dataset.max_seq_length",
     "nemo_path": "a run is written to exp_manager.exp_dir",
     "library": "there is one encoder",
     "save_model": "a run is written to exp_manager.exp_dir",

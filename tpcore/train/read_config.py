@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import tpcore.tasks.sections as sections_module
 import tpcore.tasks.settings as settings_module
+import tpcore.tasks.word_settings as word_settings_module
 import tpcore.train.config as config_module
 from tpcore.tasks.settings import SECTIONS
 from tpcore.train.config import (
@@ -181,7 +182,7 @@ def _attribute_docstrings() -> dict[tuple[str, str], str]:
     A class that inherits a field inherits its documentation.
     """
     docs: dict[tuple[str, str], str] = {}
-    modules = (sections_module, settings_module, config_module)
+    modules = (sections_module, word_settings_module, settings_module, config_module)
     for node in [node for m in modules for node in ast.parse(inspect.getsource(m)).body]:
         if not isinstance(node, ast.ClassDef):
             continue

@@ -355,7 +355,7 @@ def epoch_order(num_examples: int, seed: int, epoch: int, *, shuffle: bool = Tru
     if not shuffle:
         return list(range(num_examples))
     generator = torch.Generator().manual_seed(step_seed(seed, _ORDER_STREAM + epoch))
-    return torch.randperm(num_examples, generator=generator).tolist()
+    return torch.randperm(num_examples, generator=generator, device="cpu").tolist()
 
 
 def own_share(batch: Sequence[Example], dp: DataParallelGroup) -> list[Example]:
