@@ -96,17 +96,17 @@ def _records(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
 
 
-def _equal(a: Any, b: Any, where: str = "") -> None:
+def check_equal(a: Any, b: Any, where: str = "") -> None:
     """Same structure, tensors of the same bits."""
     assert type(a) is type(b), where
     if isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
-            _equal(a[key], b[key], f"{where}/{key}")
+            check_equal(a[key], b[key], f"{where}/{key}")
     elif isinstance(a, list | tuple):
         assert len(a) == len(b), where
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            _equal(x, y, f"{where}/{i}")
+            check_equal(x, y, f"{where}/{i}")
     elif isinstance(a, torch.Tensor):
         assert torch.equal(a, b), where
     else:
@@ -121,11 +121,11 @@ def _check_same_run(a: Path, b: Path) -> None:
         for ours, theirs in zip(read_all_ranks(a, name), read_all_ranks(b, name), strict=True):
             for content in (ours, theirs):
                 content["training"].pop("random")  # what drew from it differs, not training
-            _equal(ours, theirs, name)
+            check_equal(ours, theirs, name)
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16", "bf16-mixed", "16-mixed"])
-def test_interrupted_run_is_bit_equal(precision: str, folder: Path) -> None:
+def test_interrupted_run_is_bitcheck_equal(precision: str, folder: Path) -> None:
     values = {"trainer__precision": precision, "trainer__loss_scale_window": 3}
     assert _fit(*SINGLE, folder, "whole", **values)
     # In the middle of an epoch, where a validation was due, and at the end of an epoch.

@@ -107,6 +107,7 @@ def test_folder_is_complete(run: Path) -> None:
         "environment.json",
         "model_config.json",
         "result.json",
+        "checkpoints/tiny.nemo",
         "task.json",
         "tokenizer/vocab.txt",
         "tokenizer/tokenizer_config.json",
@@ -154,6 +155,20 @@ def _predict(tp: TensorParallelGroup, path: Path) -> list[dict[str, float]]:
 def test_run_loads_at_another_size(size: int, run: Path) -> None:
     expected = [prediction["probabilities"] for prediction in load_run(run).predict(TEXTS)]
     for got in run_ranks(_predict, size, run):
+        for ours, theirs in zip(got, expected, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def _nemo(tp: TensorParallelGroup, path: Path) -> list[dict[str, float]]:
+    loaded = load_run(path, tp=tp)
+    assert loaded.evaluate().metrics["accuracy"] > 0
+    return [prediction["probabilities"] for prediction in loaded.predict(TEXTS)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_nemo_file_is_the_best_checkpoint_at_any_size(size: int, run: Path) -> None:
+    expected = [prediction["probabilities"] for prediction in load_run(run).predict(TEXTS)]
+    for got in run_ranks(_nemo, size, run / "checkpoints/tiny.nemo"):
         for ours, theirs in zip(got, expected, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-5)
 

@@ -32,7 +32,8 @@ from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup, init_parallel
-from tpcore.train.optimizer import clip_gradients, gradient_norm
+from tpcore.parallel.sharding import sharding_table
+from tpcore.train.gradients import clip_gradients, gradient_norm
 
 _RANK_FOLDER = re.compile(r"mp_rank_\d{2,}")
 
@@ -162,7 +163,9 @@ class TensorParallelStrategy(DDPStrategy):
         module: LightningModule | None = self.lightning_module
         assert module is not None
         parameters = self.precision_plugin.main_params(optimizer)
-        clip_gradients(parameters, gradient_norm(module, self.tp), clip_val)
+        named = dict(module.named_parameters())
+        norm, _ = gradient_norm(named, sharding_table(module), self.tp)
+        clip_gradients(parameters, norm, clip_val)
 
     def _shared_scaler(self, scaler: Any) -> ShardedGradScaler:
         """A scaler for which an overflow on one rank of the group is an overflow on all."""

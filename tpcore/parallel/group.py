@@ -20,7 +20,11 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.rendezvous import rendezvous
+
+from tpcore.parallel.meeting import store_of_this_round
 
 GroupT = TypeVar("GroupT", bound="ParallelGroup")
 
@@ -302,10 +306,18 @@ def _init_world(backend: str | None, timeout_s: float) -> None:
         # Layers may live on the CPU of a machine that has a GPU, so the same groups must serve CPU
         # tensors.
         backend = backend or "cpu:gloo,cuda:nccl"
+    rank, world_size = environment["RANK"], environment["WORLD_SIZE"]
+    store: Store | None = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        agent_store, _, _ = next(
+            rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout_s))
+        )
+        store = store_of_this_round(agent_store, rank, world_size, timeout_s)
     dist.init_process_group(
         backend or "gloo",
-        rank=environment["RANK"],
-        world_size=environment["WORLD_SIZE"],
+        store=store,
+        rank=rank,
+        world_size=world_size,
         timeout=timedelta(seconds=timeout_s),
         device_id=device_id,
     )

@@ -138,7 +138,7 @@ class TrainerConfig:
     enable_progress_bar: bool = True
     """A progress bar where the console is a terminal."""
     timeout_s: float = 600.0
-    """A rank that makes no progress for so long is named, and the run ends."""
+    """How long ranks wait for each other; a rank that hangs is named well before."""
 
 
 @dataclass
@@ -153,6 +153,8 @@ class CheckpointCallbackConfig:
     """How many of the best checkpoints to keep; 0: none."""
     save_last: bool = True
     """Keep <name>-last.ckpt, rewritten after each validation."""
+    save_nemo_on_train_end: bool = True
+    """End with checkpoints/<name>.nemo: the best weights with head, labels and vocabulary."""
     every_n_train_steps: int | None = None
     """Rewrite <name>-last.ckpt after so many steps too, for epochs that take hours."""
 

@@ -99,7 +99,7 @@ class Watchdog:
             nobody waits.
         rank: of this process in the world.
         describe: what a rank is, for messages: "rank 3 (tensor-parallel 1, data-parallel 1)".
-        timeout_s: without progress.
+        timeout_s: of collectives without progress; hung ranks are named after half of it.
         end: called in place of ending the process, with the message on the first of the ranks that
             wait, with an empty one on the others.
     """
@@ -114,7 +114,7 @@ class Watchdog:
     ) -> None:
         self._store, self._rank, self._describe = store, rank, describe
         self._timeout_s = timeout_s
-        self._interval_s = min(5.0, timeout_s / 10)
+        self._interval_s = min(5.0, timeout_s / 20)
         self._end = end or _end_process
         self._what = "start"
         self._since = time.monotonic()
@@ -145,15 +145,16 @@ class Watchdog:
 
     def _watch(self) -> None:
         try:
+            self._publish(0.0)
             while not self._stopped.wait(self._interval_s):
                 stalled_s = time.monotonic() - self._since
                 self._publish(stalled_s)
                 # Early enough to be heard before the others' collectives give up.
-                if stalled_s > self._timeout_s * 0.7:
+                if stalled_s > self._timeout_s / 2:
                     hung = self._find_hung(stalled_s)
                     if hung and not self._stopped.is_set():
                         others = [rank for rank in range(len(self._describe)) if rank not in hung]
-                        self._end(self._message(hung) if self._rank in others[:1] else "")
+                        self._end(_message(hung, stalled_s) if self._rank in others[:1] else "")
                         return
         except RuntimeError:
             return  # the store has gone, and with it the launcher: whoever ended it says why
@@ -190,9 +191,6 @@ class Watchdog:
                 busy[rank] = f"{place}, hangs at {new['what']} in {new['where']}"
         return silent or busy
 
-    def _message(self, hung: Mapping[int, str]) -> str:
-        return f"no progress for {self._timeout_s:g} s: {'; '.join(hung.values())}"
-
     def _records(self) -> dict[int, dict[str, Any]]:
         records = {}
         for rank in range(len(self._describe)):
@@ -200,6 +198,10 @@ class Watchdog:
             if self._store.check([key]):
                 records[rank] = json.loads(self._store.get(key))
         return records
+
+
+def _message(hung: Mapping[int, str], stalled_s: float) -> str:
+    return f"no progress for {stalled_s:.0f} s: {'; '.join(hung.values())}"
 
 
 def _where(thread: int) -> str | None:

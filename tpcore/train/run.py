@@ -36,6 +36,7 @@ from tpcore.train.checkpoint_files import (
 )
 from tpcore.train.config import TrainConfig
 from tpcore.train.evaluation import Evaluation, evaluate
+from tpcore.train.nemo_file import load_nemo
 from tpcore.train.read_config import load_config
 from tpcore.train.run_folder import CONFIG_FILE, MODEL_FILE, TASK_FILE
 from tpcore.train.run_state import TOKENIZER_FOLDER, find_run, read_json
@@ -105,7 +106,7 @@ def load_run(
     """Load a run at the size of `tp`, whatever size it was trained at.
 
     Args:
-        path: a run folder, or a folder above it: then its newest run.
+        path: a run folder, a folder above it: then its newest run, or the `.nemo` file of a run.
         tp: None: this process alone.
         dp: None: this process alone.
         which: the checkpoint: "best", "last" or a file name.
@@ -115,6 +116,19 @@ def load_run(
         CheckpointError: no run, a missing or damaged file, a size that does not divide the heads.
     """
     tp = TensorParallelGroup.single() if tp is None else tp
+    dp = DataParallelGroup.single() if dp is None else dp
+    target = torch.device(device or "cpu")
+    if Path(path).is_file():
+        loaded = load_nemo(Path(path), tp)
+        return Run(
+            path=Path(path),
+            checkpoint=Path(path).name,
+            config=loaded.config,
+            task=loaded.task,
+            model=loaded.model.to(target).eval(),
+            dp=dp,
+            device=target,
+        )
     folder = find_run(path)
     description = read_json(folder / MODEL_FILE)
     task_config = read_json(folder / TASK_FILE)
@@ -135,14 +149,13 @@ def load_run(
     filename = find_checkpoint(folder, which)
     files = read_all_ranks(folder, filename)
     model.load_state_dict(own_weights(files, model, model.state_dict(), f"{folder}: {filename}"))
-    target = torch.device(device or "cpu")
     return Run(
         path=folder,
         checkpoint=filename,
         config=config,
         task=task,
         model=model.to(target).eval(),
-        dp=DataParallelGroup.single() if dp is None else dp,
+        dp=dp,
         device=target,
     )
 

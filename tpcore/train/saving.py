@@ -16,6 +16,7 @@ from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
 from tpcore.parallel.sharding import Sharding
 from tpcore.tasks.task import Dataset, Example
 from tpcore.train.checkpoint_files import (
+    CHECKPOINT_FOLDER,
     Manifest,
     Progress,
     find_file,
@@ -34,6 +35,7 @@ from tpcore.train.facts import environment_facts
 from tpcore.train.keeper import CheckpointKeeper, EarlyStopping, Kept
 from tpcore.train.launch import of_first_rank, on_all_ranks
 from tpcore.train.logging import RunLog
+from tpcore.train.nemo_file import save_nemo
 from tpcore.train.precision import LossScaler, Weights
 from tpcore.train.prepare import Job
 from tpcore.train.run_state import (
@@ -273,6 +275,8 @@ class RunStore:
 
     def finish(self, result: FitResult) -> None:
         """Write down that and how the run has ended."""
+        if self.params.save_nemo_on_train_end:
+            self._write_nemo()
         content = dataclasses.asdict(result) | {"path": str(result.path)}
 
         def write() -> None:
@@ -280,6 +284,23 @@ class RunStore:
                 write_json_atomically(self.path / RESULT_FILE, content)
 
         on_all_ranks(write, self.tp, self.dp)
+
+    def _write_nemo(self) -> None:
+        """The weights that are in the model now, which are the best."""
+        path = self.path / CHECKPOINT_FOLDER / f"{self.config.exp_manager.name}.nemo"
+        self.beat(f"writing {path.name}")
+        error: ValueError | None = None
+        if self.dp.rank == 0:
+            try:
+                save_nemo(self.state.model, self.job.task, self.config, path)
+            except ValueError as caught:
+                error = caught
+
+        def tell() -> None:
+            if error is not None:
+                raise error
+
+        on_all_ranks(tell, self.tp, self.dp)
 
     def _content(self) -> dict[str, Any]:
         state = self.state

@@ -325,9 +325,9 @@ class Trainer:
         raise StoppedError(text, number)
 
     def _test_best(self) -> dict[str, float]:
+        self.store.load_best()
         if self.job.test is None:
             return {}
-        self.store.load_best()
         self.watchdog.beat("the test")
         evaluation = self.evaluate(self.job.test, self.config.model.test_ds.batch_size)
         metrics = named_metrics(evaluation, "test")
