@@ -74,3 +74,17 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_metrics_of_single_classes_are_left_out_of_tables() -> None:
     assert format_metrics({"val_f1": 0.12345, "val_f1/spam": 1.0}) == [("val_f1", "0.1235")]
+
+
+def test_event_files_hold_the_same_numbers_and_forget_what_comes_again(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for first_step, steps in ((1, range(1, 6)), (4, range(4, 7))):  # cut off after 5, resumed at 4
+        log = RunLog()
+        log.open_folder(tmp_path, tensorboard=True, first_step=first_step)
+        for step in steps:
+            log.metrics(RECORD | {"step": step, "train_loss": first_step + step / 8})
+        log.close()
+    events = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert {"train_loss", "lr", "grad_norm"} <= set(events.Tags()["scalars"])
+    found = [(event.step, event.value) for event in events.Scalars("train_loss")]
+    assert found == [(1, 1.125), (2, 1.25), (3, 1.375), (4, 4.5), (5, 4.625), (6, 4.75)]

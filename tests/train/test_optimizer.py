@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,9 +12,9 @@ from torch import Tensor, nn
 from tests.helpers.ranks import run_mesh, run_ranks
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
 from tpcore.parallel.sharding import Sharded, Sharding, shard, sharding_table
-from tpcore.train.config import OptimConfig
+from tpcore.train.config import ConfigError, OptimConfig
 from tpcore.train.gradients import BUCKET_BYTES, clip_gradients, gradient_norm, sum_gradients
-from tpcore.train.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from tpcore.train.optimizer import build_optimizer, freeze, parameter_groups, set_learning_rate
 
 TABLE: dict[str, Sharding] = {"rows": Sharded(0), "columns": Sharded(1), "row_bias": Sharded(0)}
 
@@ -134,3 +137,52 @@ def test_step_is_that_of_the_formula(name: str) -> None:
         # After one step both bias-corrected moments are g and g^2.
         expected = start - 0.01 * gradient / (gradient.abs() + 1e-8)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_patterns_freeze_parameters_and_one_that_matches_nothing_is_named() -> None:
+    module = _Module(TensorParallelGroup.single())
+    assert freeze(module, ["row*", "norm"]) == 3
+    trainable = [name for name, p in module.named_parameters() if p.requires_grad]
+    assert trainable == ["columns", "table"]
+    with pytest.raises(ConfigError, match=r"'row_z\*' matches none .* rows"):
+        freeze(module, ["row_z*"])
+    with pytest.raises(ConfigError, match="leave some to be trained"):
+        freeze(module, ["*"])
+
+
+def test_each_block_learns_slower_than_the_one_above_it() -> None:
+    names = (
+        "embeddings.word_embeddings.weight",
+        "blocks.0.input_norm.weight",
+        "blocks.1.input_norm.weight",
+        "head.classifier.weight",
+    )
+    parameters = {name: nn.Parameter(torch.ones(1)) for name in names}
+    groups = parameter_groups(parameters, 0.1, lr_decay=0.5)
+    optimizer = torch.optim.SGD(groups)
+    set_learning_rate(optimizer, 0.8)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert [rates[id(p)] for p in parameters.values()] == pytest.approx([0.1, 0.2, 0.4, 0.8])
+
+
+def test_apex_is_used_where_it_is_and_missed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = OptimConfig(name="fused_adam", lr=0.1)
+    parameters = {"a": nn.Parameter(torch.ones(2, 2))}
+    monkeypatch.setitem(sys.modules, "apex.optimizers", None)
+    with pytest.raises(ConfigError, match=r"fused_adam needs NVIDIA apex .*model.optim.name=adamw"):
+        build_optimizer(parameters, config)
+
+    class FusedAdam(torch.optim.SGD):
+        def __init__(self, groups: object, **options: object) -> None:
+            self.options = options
+            super().__init__(groups)  # type: ignore[arg-type]
+
+    apex = types.ModuleType("apex")
+    apex.optimizers = types.ModuleType("apex.optimizers")  # type: ignore[attr-defined]
+    apex.optimizers.FusedAdam = FusedAdam
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", apex.optimizers)
+    optimizer = build_optimizer(parameters, config)
+    assert isinstance(optimizer, FusedAdam)
+    assert optimizer.options["adam_w_mode"] is True
+    assert optimizer.options["betas"] == (0.9, 0.999)

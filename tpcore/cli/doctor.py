@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import textwrap
 from typing import Any
 
 from tpcore import memory
@@ -58,8 +59,21 @@ def _doctor(arguments: argparse.Namespace) -> int:
         print(title)
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
-            print(f"  {name:{width}}  {value}")
+            print(_wrapped(f"  {name:{width}}  ", value))
     return 0
+
+
+def _wrapped(start: str, value: str) -> str:
+    """`start` and the value, in lines that fit beside it."""
+    return textwrap.fill(
+        value,
+        width=max(100, len(start) + 40),
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_long_words=False,
+        break_on_hyphens=False,
+        drop_whitespace=True,
+    )
 
 
 def _examine() -> dict[str, Any]:

@@ -52,7 +52,7 @@ def _load_run(arguments: argparse.Namespace) -> Any:
     from tpcore.train.run import load_run
 
     set_num_threads(None)
-    device = choose_device(arguments.accelerator)
+    device = choose_device(arguments.accelerator, "--accelerator")
     tp, dp = start_parallel(environment_int("WORLD_SIZE", 1), device)
     return on_all_ranks(
         lambda: load_run(arguments.run, tp=tp, dp=dp, which=arguments.checkpoint, device=device),
@@ -70,7 +70,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     evaluation = run.evaluate_dataset(dataset, arguments.batch_size)
     if run.model.tp.rank > 0:
         return 0
-    metrics = named_metrics(evaluation, "test")
+    # A file of the user's is neither the run's test set nor its validation set.
+    part = "" if arguments.file else "test" if run.config.model.source("test_ds") else "val"
+    metrics = named_metrics(evaluation, part)
     if arguments.predictions:
         run.task.write_predictions(arguments.predictions, dataset, evaluation.predictions)
     if arguments.json:

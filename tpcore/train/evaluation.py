@@ -84,6 +84,7 @@ def _total_loss(sums: dict[int, tuple[list[float], list[float]]]) -> float:
 
 
 def named_metrics(evaluation: Evaluation, part: str) -> dict[str, float]:
-    """Loss and metrics under the names of `part`: val_loss, val_accuracy."""
+    """Loss and metrics under the names of `part`: val_loss, val_accuracy; "": loss, accuracy."""
     loss = {} if evaluation.loss is None else {"loss": evaluation.loss}
-    return {f"{part}_{name}": value for name, value in (loss | evaluation.metrics).items()}
+    prefix = f"{part}_" if part else ""
+    return {f"{prefix}{name}": value for name, value in (loss | evaluation.metrics).items()}

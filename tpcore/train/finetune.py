@@ -53,7 +53,7 @@ def finetune(config: TrainConfig) -> FitResult:
     return result
 
 
-def choose_device(accelerator: str) -> torch.device:
+def choose_device(accelerator: str, option: str = "trainer.accelerator") -> torch.device:
     """The device of this rank: a GPU of its own, or the CPU.
 
     Raises:
@@ -64,8 +64,8 @@ def choose_device(accelerator: str) -> torch.device:
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if accelerator == "gpu" and num_gpus < num_local_ranks:
         raise ConfigError(
-            f"trainer.accelerator=gpu: {num_local_ranks} rank(s) on this machine, but {num_gpus} "
-            "CUDA device(s); start fewer ranks, or use trainer.accelerator=cpu"
+            f"{option}=gpu: {num_local_ranks} rank(s) on this machine, but {num_gpus} CUDA "
+            f"device(s); start fewer ranks, or use {option}=cpu"
         )
     if accelerator == "cpu" or num_gpus < num_local_ranks:
         return torch.device("cpu")
