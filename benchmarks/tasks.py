@@ -276,7 +276,8 @@ def main() -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     lines = [
         f"{datetime.date.today()}, {torch.get_num_threads()} thread(s), {len(seeds)} seed(s), mean "
-        f"\u00b1 standard deviation; transformers {transformers.__version__}, torch {torch.__version__}",
+        f"\u00b1 standard deviation; transformers {transformers.__version__}, "
+        f"torch {torch.__version__}",
         "",
         "| data | metric | tpcore | transformers |",
         "|---|---|---|---|",
