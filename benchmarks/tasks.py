@@ -263,7 +263,7 @@ def compare(name: str, data: Path, seed: int, folder: str) -> dict[str, dict[str
 
 def shown(values: Sequence[float]) -> str:
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.4f} ± {spread:.4f}"
+    return f"{statistics.mean(values):.4f} \u00b1 {spread:.4f}"
 
 
 def main() -> None:
@@ -276,7 +276,8 @@ def main() -> None:
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
     lines = [
         f"{datetime.date.today()}, {torch.get_num_threads()} thread(s), {len(seeds)} seed(s), mean "
-        f"± standard deviation; transformers {transformers.__version__}, torch {torch.__version__}",
+        f"\u00b1 standard deviation; transformers {transformers.__version__}, "
+        f"torch {torch.__version__}",
         "",
         "| data | metric | tpcore | transformers |",
         "|---|---|---|---|",

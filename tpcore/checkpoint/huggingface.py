@@ -9,6 +9,7 @@ written.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -46,7 +47,7 @@ from tpcore.checkpoint.state import (
     sizes_from_shapes,
     tokenizer_files,
 )
-from tpcore.checkpoint.stored import Box, StoredTensor, file_pieces, joined, num_bytes
+from tpcore.checkpoint.stored import Box, FilePiece, StoredTensor, file_pieces, joined, num_bytes
 from tpcore.checkpoint.unpickle import load_pickle
 from tpcore.models.config import BertConfig
 
@@ -250,26 +251,25 @@ def _read_weights(file: Path) -> dict[str, StoredTensor]:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file")
     try:
+        # The library checks that the header is whole, and that tensors lie side by side.
         handle = safe_open(file, framework="pt", device="cpu")
-        slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118
-        return {
-            key: StoredTensor(
-                tuple(part.get_shape()),
-                _DTYPES.get(part.get_dtype(), torch.uint8),
-                partial(_read_slice, part, None),
-                partial(_read_slice, part),
-            )
-            for key, part in slices.items()
-        }
+        keys = set(handle.keys())
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
     except (SafetensorError, OSError, ValueError, MemoryError) as error:
         raise CheckpointError(
             f"{file}: not a readable safetensors file, truncated or damaged ({error})"
         ) from error
-
-
-def _read_slice(part: Any, box: Box | None) -> Tensor:
-    tensor = part[:] if box is None else part[tuple(slice(*bounds) for bounds in box)]
-    return tensor.clone(memory_format=torch.contiguous_format)
+    stored: dict[str, StoredTensor] = {}
+    for key in sorted(keys):
+        # Read, not mapped: mapped pages would count as memory of the process.
+        about = header[key]
+        shape, dtype = tuple(about["shape"]), _DTYPES.get(about["dtype"], torch.uint8)
+        strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        begin = 8 + length + about["data_offsets"][0]
+        stored[key] = joined([FilePiece(file, str(file), begin, shape, strides, dtype)], None)
+    return stored
 
 
 def _read_pickle(file: Path) -> dict[str, StoredTensor]:
