@@ -11,6 +11,7 @@ from tests.checkpoint import golden, tiny
 from tpcore import checkpoint
 from tpcore.checkpoint import CheckpointError
 from tpcore.checkpoint.unpickle import load_pickle
+from tpcore.cli import main
 
 MODEL = tiny.random_model()
 
@@ -151,3 +152,14 @@ def test_inspect_says_what_is_padding_and_what_is_missing(with_args):
         "masked-LM head",
         "binary head",
     ]
+
+
+def test_the_command_line_takes_the_oldest_names(tmp_path, without_args, capsys):
+    file = _write(tmp_path / "c.json", {"num-attention-heads": 2})
+    arguments = ["--bert_config", str(file), "--qkv-layout", "v3", "--gelu", "tanh"]
+    assert main(["inspect", str(without_args), "--json", *arguments]) == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert (config["num_attention_heads"], config["gelu"]) == (2, "tanh")
+    target = tmp_path / "m.nemo"
+    assert main(["convert", str(without_args), str(target), "--to", "nemo", *arguments]) == 0
+    assert checkpoint.inspect(target).config.num_attention_heads == 2
