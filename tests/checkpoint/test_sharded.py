@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import run_mesh, run_ranks
 from tpcore.checkpoint import CheckpointError, load_sharded, save_sharded, sharded
 from tpcore.layers import ColumnParallelLinear, LayerNorm, RowParallelLinear, VocabParallelEmbedding
 from tpcore.models.bert import BertModel
@@ -278,6 +279,68 @@ def test_damage_is_found(saved):
     (saved / "index.json").write_text("{")
     with pytest.raises(CheckpointError, match="expected a folder that save_sharded wrote"):
         load_sharded(_tower(SINGLE), saved)
+
+
+NORM = ("tensors", "norm.weight")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("tensor_parallel_size",), 0),
+        (("tensor_parallel_size",), "1"),
+        (("save",), None),
+        (("tied",), []),
+        (("tied", "decoder.weight"), "elsewhere"),
+        (("files",), None),
+        ((*NORM, "shape"), [-8]),
+        ((*NORM, "shape"), 8),
+        ((*NORM, "dim"), 1),
+        ((*NORM, "parts"), 0),
+        ((*NORM, "unpadded"), 8),
+        ((*NORM, "dtype"), "float33"),
+    ],
+)
+def test_an_index_that_was_edited_is_refused(saved, keys, value):
+    index = json.loads((saved / "index.json").read_text())
+    place = index
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = value
+    (saved / "index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"index\.json is damaged|is of another save"):
+        load_sharded(_tower(SINGLE), saved)
+
+
+def test_a_shape_of_the_index_only_is_refused(saved):
+    index = json.loads((saved / "index.json").read_text())
+    index["tensors"]["norm.weight"]["shape"] = [4]
+    (saved / "index.json").write_text(json.dumps(index))
+    tower = _tower(SINGLE)
+    tower.norm.weight = nn.Parameter(torch.zeros(4))
+    with pytest.raises(CheckpointError, match=r"norm\.weight is \[8\], and \[4\] according to"):
+        load_sharded(tower, saved)
+
+
+def test_names_inside_a_file_are_part_of_it(saved):
+    file = saved / "shard_00_of_01.safetensors"
+    content = file.read_bytes()
+    for count, old, new in ((1, b"norm.weight", b"norm.xeight"), (1, b"crc32", b"crc33")):
+        assert old in content
+        file.write_bytes(content.replace(old, new, count))
+        with pytest.raises(CheckpointError):
+            load_sharded(_tower(SINGLE), saved)
+
+
+def _check_spread(tp, dp, folder):
+    module = fully_shard(nn.Linear(4, 4), mesh=dp.device_mesh("cpu"))
+    for function in (save_sharded, load_sharded):
+        with pytest.raises(CheckpointError, match=r"weight is spread over .*FSDP2"):
+            function(module, folder, tp=tp)
+
+
+def test_parameters_of_fsdp2_are_refused(saved):
+    run_mesh(_check_spread, 1, 2, saved)
 
 
 def test_files_of_two_saves_do_not_mix(saved, tmp_path):

@@ -68,6 +68,10 @@ class _Layout:
         starts = [part * block + rank * length for part in range(self.parts)]
         return [(start, start + length) for start in starts]
 
+    def shard_shape(self, size: int) -> tuple[int, ...]:
+        """The shape of one shard."""
+        return tuple(n // size if d == self.dim else n for d, n in enumerate(self.shape))
+
 
 @dataclass(frozen=True)
 class _Entry:
@@ -174,6 +178,11 @@ def _entries(module: nn.Module, size: int) -> Iterator[_Entry]:
             raise CheckpointError(
                 f"{name} is a {type(tensor).__name__}; only tensors are saved and loaded"
             )
+        if hasattr(tensor, "full_tensor"):
+            raise CheckpointError(
+                f"{name} is spread over the data-parallel ranks (FSDP2); load before fully_shard, "
+                "and save a module without it that was given full_tensor() of each parameter"
+            )
         if tensor.is_meta:
             raise CheckpointError(
                 f"{name} is on the meta device; give the module memory first: to_empty(device=...)"
@@ -272,16 +281,16 @@ class _Stored:
         self.index = _read_index(folder)
         self._files: dict[int, tuple[Any, dict[str, int]]] = {}
         try:
-            self.size: int = self.index["tensor_parallel_size"]
+            self.size = _whole(self.index["tensor_parallel_size"], at_least=1)
             self.tied: dict[str, str] = self.index["tied"]
             tensors = self.index["tensors"].items()
             self.dtypes = {name: _DTYPES[value["dtype"]] for name, value in tensors}
-            self.layouts = {
-                name: _Layout(tuple(v["shape"]), v["dim"], v["parts"], v["unpadded"])
-                for name, v in tensors
-            }
-            files = self.index["files"].items()
-        except (KeyError, TypeError, AttributeError) as error:
+            self.layouts = {name: _parse_layout(value, self.size) for name, value in tensors}
+            files = [(name, _whole(n)) for name, n in self.index["files"].items()]
+            if not all(source in self.layouts for source in self.tied.values()):
+                raise ValueError("a tie leads nowhere")
+            self.identity: str = self.index["save"]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{folder / INDEX} is damaged ({error!r})") from error
         for name, num_bytes in files:
             path = folder / name
@@ -299,9 +308,13 @@ class _Stored:
                 metadata = file.metadata() or {}
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
-            if metadata.get("save") != self.index["save"]:
+            if metadata.get("save") != self.identity:
                 raise CheckpointError(f"{path} does not belong to {INDEX}: it is of another save")
-            self._files[rank] = file, json.loads(metadata["crc32"])
+            try:
+                checksums = dict(json.loads(metadata["crc32"]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise CheckpointError(f"{path} is damaged: it has no checksums") from error
+            self._files[rank] = file, checksums
         return self._files[rank]
 
     def read(self, name: str, wanted: _Layout, rank: int, size: int) -> Tensor:
@@ -363,19 +376,40 @@ class _Stored:
     def _piece(self, name: str, rank: int, region: Mapping[int, tuple[int, int]]) -> Tensor:
         """A region of one rank's shard; a whole shard is checked against its checksum."""
         file, checksums = self._file(rank)
+        path = self.folder / _file_name(rank, self.size)
         try:
             part = file.get_slice(name)
             shape = part.get_shape()
+            expected = self.layouts[name].shard_shape(self.size)
+            if tuple(shape) != expected:
+                raise CheckpointError(
+                    f"{path}: {name} is {shape}, and {list(expected)} according to {INDEX}"
+                )
             if all(interval == (0, shape[dim]) for dim, interval in region.items()):
                 tensor = file.get_tensor(name)
-                if _checksum(tensor) != checksums[name]:
-                    path = self.folder / _file_name(rank, self.size)
+                if _checksum(tensor) != checksums.get(name):
                     raise CheckpointError(f"{path} is damaged: {name} has another checksum")
                 return tensor
             return part[tuple(slice(*region.get(dim, (None,))) for dim in range(len(shape)))]
         except SafetensorError as error:
-            path = self.folder / _file_name(rank, self.size)
             raise CheckpointError(f"{path} has no {name} of the right size ({error})") from error
+
+
+def _whole(value: Any, at_least: int = 0) -> int:
+    if type(value) is not int or value < at_least:
+        raise ValueError(f"{value!r} where a number of {at_least} or more belongs")
+    return value
+
+
+def _parse_layout(value: Any, size: int) -> _Layout:
+    """A layout of the index, which anybody may have edited."""
+    shape = tuple(_whole(n) for n in value["shape"])
+    dim, parts, unpadded = value["dim"], _whole(value["parts"], 1), value["unpadded"]
+    if dim is not None and (_whole(dim) >= len(shape) or shape[dim] % (parts * size)):
+        raise ValueError(f"shape {list(shape)} is not split along dim {dim}")
+    if unpadded is not None and (dim is None or _whole(unpadded) > shape[dim]):
+        raise ValueError(f"shape {list(shape)} does not hold {unpadded} along dim {dim}")
+    return _Layout(shape, dim, parts, unpadded)
 
 
 def _cat(pieces: list[Tensor], dim: int) -> Tensor:

@@ -109,6 +109,8 @@ from tpcore.interop.megatron.utils import (
     ensure_divisibility,
 )
 
+mpu = parallel_state  # the name under which megatron.core has it as well
+
 __all__ = [
     "AttnMaskType",
     "AttnType",
@@ -178,6 +180,7 @@ __all__ = [
     "linear_with_grad_accumulation_and_async_allreduce",
     "model_parallel_cuda_manual_seed",
     "model_parallel_is_initialized",
+    "mpu",
     "parallel_state",
     "param_is_not_tensor_parallel_duplicate",
     "reduce_from_tensor_model_parallel_region",
