@@ -270,6 +270,7 @@ def _check_broadcast(tp):
     for wrong, message in [
         (None, "data is None on the first rank"),
         ({"text": sent["text"]}, "data has no 'types'; it has 'text'"),
+        ({**sent, "one": 7}, r"data\['one'\] is a int; expected a tensor"),
         ({**sent, "one": torch.tensor(7.0)}, r"data\['one'\] is torch.float32; expected"),
         ({**sent, "one": torch.zeros([1] * 6, dtype=torch.int64)}, "has 6 dimensions; at most 5"),
     ]:

@@ -69,6 +69,8 @@ def _problem(keys: Sequence[str], data: Mapping[str, Tensor] | None, dtype: torc
     for key in keys:
         if key not in data:
             return f"data has no {key!r}; it has {', '.join(map(repr, data))}"
+        if not isinstance(data[key], Tensor):
+            return f"data[{key!r}] is a {type(data[key]).__name__}; expected a tensor"
         if data[key].dtype != dtype:
             return f"data[{key!r}] is {data[key].dtype}; expected datatype={dtype}"
         if data[key].dim() > MAX_DIMS:
