@@ -52,3 +52,16 @@ def test_every_snippet_runs(tmp_path):
     outputs = [_run(language, code, tmp_path) for language, code in blocks]
     assert "torch.Size([1, " in outputs[3]
     assert '"label": "spam"' in outputs[4]  # of an obvious one
+
+
+@pytest.mark.slow
+def test_the_model_of_the_layers_page_has_the_same_losses_on_two_ranks(tmp_path):
+    page = (ROOT / "docs" / "layers.md").read_text()
+    model = re.search(r"^```python\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
+    assert model is not None
+    (tmp_path / "model.py").write_text(model.group(1))
+    alone = _run("bash", "python model.py 1", tmp_path)
+    together = _run("bash", "torchrun --standalone --nproc-per-node 2 model.py 2", tmp_path)
+    losses = [[float(line.split()[-1]) for line in out.splitlines()] for out in (alone, together)]
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
