@@ -256,6 +256,17 @@ def test_compiles_to_one_graph():
     run_ranks(_check_compiled, 2)
 
 
+def _check_no_such_dimension(tp):
+    for x, dim in ((torch.ones(2), 1), (torch.ones(2, 2), -3), (torch.tensor(1.0), 0)):
+        with pytest.raises(ValueError, match=f"no dimension dim={dim}"):
+            all_gather(x, tp, dim)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_gather_needs_its_dimension(size):
+    run_ranks(_check_no_such_dimension, size)
+
+
 def _check_second_derivative(tp, name):
     function = _function(name)
     arguments = AUTOGRAD[name][0] if name != "copy_all_to" else ()

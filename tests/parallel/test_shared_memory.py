@@ -474,7 +474,9 @@ def test_a_rank_that_does_not_come_in_time_is_named(tmp_path):
 
 
 def _different_calls(tp):
-    message = f"rank {1 - tp.rank} of 2 called another collective, or the same with another"
+    message = (
+        f"collective: rank {1 - tp.rank} of 2 called another collective, or the same with another"
+    )
     with pytest.raises(RuntimeError, match=message):
         collectives.all_reduce(torch.ones(5 + tp.rank), tp)
     collectives.broadcast(torch.ones(1), tp)

@@ -89,7 +89,12 @@ def all_gather(x: Tensor, group: ParallelGroup, dim: int = 0) -> Tensor:
     """Concatenate the tensors of all ranks along dim, in rank order. Not differentiable.
 
     Their shapes must be equal. Returns x itself at size 1.
+
+    Raises:
+        ValueError: x has no dimension ``dim``.
     """
+    if not -x.ndim <= dim < x.ndim:
+        raise ValueError(f"x has shape {list(x.shape)}, which has no dimension dim={dim}")
     if group.size == 1:
         return x
     gathered = _transport(x, group).all_gather(x)

@@ -24,6 +24,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import sys
 import weakref
 from collections.abc import Callable
@@ -165,7 +166,8 @@ class Channel:
         try:
             op(x, out, self._segment, collective, source, *self._member)
         except RuntimeError as error:
-            message = str(error).splitlines()[0]
+            # Without the place in the source that the check writes before it.
+            message = re.sub(r"^\w+, \S+:\d+, ", "", str(error).splitlines()[0])
             raise RuntimeError(
                 f"shared-memory collective: {message} (this is rank {self._member[0]}; the global "
                 f"ranks of the group are {list(self._ranks)})"
