@@ -221,6 +221,8 @@ def _check_errors(tp):
         RowParallelLinear(8, 4, tp=tp)(torch.zeros(2, 8))
     with pytest.raises(ValueError, match=r"x has shape \[2, 3\]; expected 8 \(in_features\)"):
         ColumnParallelLinear(8, 4, tp=tp)(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"x has shape \[\]; expected 8"):
+        ColumnParallelLinear(8, 4, tp=tp)(torch.tensor(1.0))
 
 
 def test_errors():

@@ -251,7 +251,7 @@ def _reset_linear(layer: ColumnParallelLinear | RowParallelLinear) -> None:
 
 
 def _check_last_dim(x: Tensor, expected: int, meaning: str) -> None:
-    if x.shape[-1] != expected:
+    if x.ndim == 0 or x.shape[-1] != expected:
         raise ValueError(
             f"x has shape {list(x.shape)}; expected {expected} ({meaning}) in its last dimension"
         )
