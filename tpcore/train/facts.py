@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-import tpcore
 from tpcore import _native
 from tpcore.memory import memory_policy
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
@@ -36,11 +35,11 @@ def environment_facts(
         "host": socket.gethostname(),
         "folder": str(Path.cwd()),
         "git": {
-            "tpcore": git_facts(Path(tpcore.__file__).parent),
+            "tpcore": git_facts(Path(__file__).parents[1]),
             "folder": git_facts(Path.cwd()),
         },
         "versions": {
-            "tpcore": tpcore.__version__,
+            "tpcore": _version("tpcore"),
             "python": platform.python_version(),
             "torch": torch.__version__,
             "CUDA": torch.version.cuda,
