@@ -81,7 +81,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 def test_all_keys_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["finetune", "--help-config"]) == 0
     out = capsys.readouterr().out
-    assert "model.optim.lr=5.0e-05\n    Peak learning rate.\n" in out
+    # A default that differs by task is listed for each, with the tasks.
+    assert "model.optim.lr=5.0e-05\n    Peak learning rate. [text_classification, " in out
+    assert "model.optim.lr=3.0e-05\n    Peak learning rate. [question_answering]\n" in out
+    assert "model.optim.eps=1.0e-08\n    Added to the root of the second moment.\n" in out
 
 
 # --- the commands, end to end -------------------------------------------------------------------

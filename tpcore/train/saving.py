@@ -264,14 +264,11 @@ class RunStore:
         if self.best is None:
             return
         filename = self.best.filename
-        content = on_all_ranks(
-            lambda: read_checkpoint(
-                find_file(self.path, read_manifest(self.path, filename), self.tp.rank)
-            ),
-            self.tp,
-            self.dp,
+        # It may be older than the resumption of this run at another size.
+        files = on_all_ranks(
+            lambda: self._files(read_manifest(self.path, filename)), self.tp, self.dp
         )
-        self.state.weights.load_state_dict(content["state_dict"])
+        self._load_weights(files, filename)
 
     def finish(self, result: FitResult) -> None:
         """Write down that and how the run has ended."""
@@ -331,17 +328,10 @@ class RunStore:
 
     def _restore(self, manifest: Manifest) -> None:
         state = self.state
-        where = f"{self.path}: {manifest.filename}"
-        if len(manifest.files) == self.tp.size:
-            own = read_checkpoint(find_file(self.path, manifest, self.tp.rank))
-            files = [own] * self.tp.size
-        else:
-            files = read_all_ranks(self.path, manifest.filename)
-            own = files[min(self.tp.rank, len(files) - 1)]
-        training = own["training"]
+        files = self._files(manifest)
+        training = files[min(self.tp.rank, len(files) - 1)]["training"]
         try:
-            weights = own_weights(files, state.model, state.weights.state_dict(), where)
-            state.weights.load_state_dict(weights)
+            self._load_weights(files, manifest.filename)
             load_optimizer_state(
                 state.optimizer,
                 state.weights.main,
@@ -356,7 +346,21 @@ class RunStore:
             states = training["random"]
             load_random_state(states[min(self.dp.rank, len(states) - 1)])
         except (KeyError, TypeError, IndexError) as error:
-            raise CheckpointError(f"{where} is no state that can be resumed: {error!r}") from error
+            raise CheckpointError(
+                f"{self.path}: {manifest.filename} is no state that can be resumed: {error!r}"
+            ) from error
+
+    def _files(self, manifest: Manifest) -> list[dict[str, Any]]:
+        """By writing rank; where as many wrote, this rank's own file stands for all."""
+        if len(manifest.files) == self.tp.size:
+            own = read_checkpoint(find_file(self.path, manifest, self.tp.rank))
+            return [own] * self.tp.size
+        return read_all_ranks(self.path, manifest.filename)
+
+    def _load_weights(self, files: Sequence[Mapping[str, Any]], filename: str) -> None:
+        weights = self.state.weights
+        own = own_weights(files, self.state.model, weights.state_dict(), f"{self.path}: {filename}")
+        weights.load_state_dict(own)
 
     # --- messages -------------------------------------------------------------------------------
 
