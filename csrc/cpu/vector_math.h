@@ -20,7 +20,7 @@ TPCORE_INLINE Vec<float> exponential_minus_one(Vec<float> r) {
   return multiply_add(p, r * r, r);
 }
 
-// e^x within 1 unit in the last place, for any x: 0 and infinity beyond the range, NaN for NaN.
+// e^x within 1.01 units in the last place, for any x: 0 and infinity beyond the range, NaN for NaN.
 TPCORE_INLINE Vec<float> exponential(Vec<float> x) {
   using V = Vec<float>;
   x = smaller(V(kExpMax), larger(V(kExpMin), x));  // in this order a NaN passes through

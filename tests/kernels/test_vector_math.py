@@ -21,10 +21,10 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mbmi2", *AVX2]
 
 # Instruction set -> compilers, flags, what runs the program, and the errors of the functions in
-# units in the last place. In 32 pieces the tail of the normal distribution is more accurate than as
+# units in the last place; the dense test says them. In 32 pieces the tail of the normal distribution is more accurate than as
 # one polynomial, which the others have registers for.
-ONE_POLYNOMIAL = {"exponential": 1.0, "normal_cdf": 6.0, "logistic": 2.4}
-IN_PIECES = {"exponential": 1.0, "normal_cdf": 1.7, "logistic": 2.4}
+ONE_POLYNOMIAL = {"exponential": 1.01, "normal_cdf": 6.3, "logistic": 2.4}
+IN_PIECES = {"exponential": 1.01, "normal_cdf": 1.9, "logistic": 2.4}
 ISAS = {
     "scalar": (("c++", "g++", "clang++"), [], [], ONE_POLYNOMIAL),
     "avx2": (("c++", "g++", "clang++"), AVX2, [], ONE_POLYNOMIAL),
