@@ -21,8 +21,8 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mbmi2", *AVX2]
 
 # Instruction set -> compilers, flags, what runs the program, and the errors of the functions in
-# units in the last place; the dense test says them. In 32 pieces the tail of the normal distribution is more accurate than as
-# one polynomial, which the others have registers for.
+# units in the last place, as the dense test finds them. In 32 pieces the tail of the normal
+# distribution is more accurate than as one polynomial, which the others have registers for.
 ONE_POLYNOMIAL = {"exponential": 1.01, "normal_cdf": 6.3, "logistic": 2.4}
 IN_PIECES = {"exponential": 1.01, "normal_cdf": 1.9, "logistic": 2.4}
 ISAS = {
