@@ -225,6 +225,7 @@ def _check_frozen_sequence_parallel(tp):
     assert _backward(layer(x.detach()))[1] == [], "a bias alone needs no product, no collective"
 
 
+@on_the_cpu
 def test_what_needs_no_gradient_costs_nothing():
     run_ranks(_check_frozen, 2)
     run_ranks(_check_frozen_sequence_parallel, 2)

@@ -100,8 +100,10 @@ def test_all_tests_of_the_ops():
 
 @pytest.mark.slow
 def test_layers_and_models():
-    # Storages on a device that this torch was not built for cannot be pickled.
-    selected = "not pickle and not needs_no_torch"
+    # Storages on a device that this torch was not built for cannot be pickled, and it has no
+    # product of bfloat16 operands with a float32 result.
+    missing = ("pickle", "rows_are_the_means", "(main_grad and (bfloat16 or autocast))")
+    selected = " and ".join(f"not {name}" for name in (*missing, "needs_no_torch"))
     folders = ("tests/layers", "tests/models", "tests/checkpoint/test_golden.py")
     assert " passed" in _pytest("-k", selected, *folders)
 
