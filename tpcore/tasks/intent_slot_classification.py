@@ -27,7 +27,6 @@ from torch import Tensor
 
 from tpcore.models.heads import IGNORE_INDEX
 from tpcore.models.output import BertOutput
-from tpcore.models.packing import pack_sequences
 from tpcore.tasks.entities import find_entities, find_scheme, score_entities
 from tpcore.tasks.labels import Labels, is_integer
 from tpcore.tasks.metrics import score_classification
@@ -40,7 +39,7 @@ from tpcore.tasks.sentences import (
     label_tokens,
     place_words,
 )
-from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch
+from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch, pack_examples
 from tpcore.tasks.text_file import read_lines, write_whole
 from tpcore.tokenizer import WordPieceTokenizer
 
@@ -223,12 +222,7 @@ class IntentSlotClassification:
         self, examples: Sequence[Example], device: torch.device | str | None = None
     ) -> TaskBatch:
         """Packed tokens and, where all examples have some, `intent` and `slot`: int64 [t]."""
-        packed = pack_sequences(
-            [example.input_ids for example in examples],
-            [example.type_ids for example in examples],
-            sample_ids=[example.index for example in examples],
-            device=device,
-        )
+        packed = pack_examples(examples, device)
         labels = {}
         if all(example.labels is not None for example in examples):
             for column, name in enumerate(("intent", "slot")):

@@ -30,12 +30,11 @@ from torch import Tensor
 
 from tpcore.models.heads import span_losses, token_table
 from tpcore.models.output import BertOutput
-from tpcore.models.packing import pack_sequences
 from tpcore.tasks.json_lines import get_text, parse_object
 from tpcore.tasks.sections import Source
 from tpcore.tasks.squad_files import Question, read_questions
 from tpcore.tasks.squad_metrics import SquadScores, score_answers
-from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch
+from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch, pack_examples
 from tpcore.tasks.text_file import write_whole
 from tpcore.tasks.windows import best_windows, cut_windows
 from tpcore.tokenizer import Encoding, WordPieceTokenizer
@@ -232,12 +231,7 @@ class QuestionAnswering:
         self, examples: Sequence[Example], device: torch.device | str | None = None
     ) -> TaskBatch:
         """Packed tokens and, where all examples have one, `labels["span"]`: int64 [b, 2]."""
-        packed = pack_sequences(
-            [example.input_ids for example in examples],
-            [example.type_ids for example in examples],
-            sample_ids=[example.index for example in examples],
-            device=device,
-        )
+        packed = pack_examples(examples, device)
         labels = {}
         if all(example.labels is not None for example in examples):
             spans = [example.labels for example in examples]

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from tpcore.models.output import BertOutput
-from tpcore.models.packing import PackedBatch
+from tpcore.models.packing import PackedBatch, pack_sequences
 from tpcore.tasks.sections import Source
 from tpcore.tokenizer import WordPieceTokenizer
 
@@ -81,6 +81,18 @@ class TaskBatch:
     packed: PackedBatch
     labels: Mapping[str, Tensor]
     """By names of the task's own; empty when the examples have no labels."""
+
+
+def pack_examples(
+    examples: Sequence[Example], device: torch.device | str | None = None
+) -> PackedBatch:
+    """The tokens of examples; their dropout is keyed by their places in the dataset."""
+    return pack_sequences(
+        [example.input_ids for example in examples],
+        [example.type_ids for example in examples],
+        sample_ids=[example.index for example in examples],
+        device=device,
+    )
 
 
 class Monitor(NamedTuple):

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from tpcore.models.packing import pack_sequences
 from tpcore.tasks.columns import ColumnSettings, Layout, find_layout, read_rows
-from tpcore.tasks.task import DataError, Dataset, Example, TaskBatch
+from tpcore.tasks.task import DataError, Dataset, Example, TaskBatch, pack_examples
 from tpcore.tokenizer import WordPieceTokenizer
 
 
@@ -151,12 +150,7 @@ def collate_texts(
     examples: Sequence[Example], device: torch.device | str | None, dtype: torch.dtype
 ) -> TaskBatch:
     """Packed tokens and, where all examples have one, `labels["label"]`: [b] of `dtype`."""
-    packed = pack_sequences(
-        [example.input_ids for example in examples],
-        [example.type_ids for example in examples],
-        sample_ids=[example.index for example in examples],
-        device=device,
-    )
+    packed = pack_examples(examples, device)
     labels = {}
     if all(example.labels is not None for example in examples):
         targets = [example.labels for example in examples]

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from tpcore.models.heads import IGNORE_INDEX
 from tpcore.models.output import BertOutput
-from tpcore.models.packing import pack_sequences
 from tpcore.tasks.entities import (
     Entity,
     all_labels,
@@ -52,7 +51,7 @@ from tpcore.tasks.sentences import (
     label_tokens,
     place_words,
 )
-from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch
+from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch, pack_examples
 from tpcore.tasks.text_file import write_whole
 from tpcore.tokenizer import WordPieceTokenizer
 
@@ -277,12 +276,7 @@ class TokenClassification:
         self, examples: Sequence[Example], device: torch.device | str | None = None
     ) -> TaskBatch:
         """Packed tokens and, where all examples have some, `labels["token"]`: int64 [t]."""
-        packed = pack_sequences(
-            [example.input_ids for example in examples],
-            [example.type_ids for example in examples],
-            sample_ids=[example.index for example in examples],
-            device=device,
-        )
+        packed = pack_examples(examples, device)
         labels = {}
         if all(example.labels is not None for example in examples):
             flat = [label for example in examples for label in example.labels]
