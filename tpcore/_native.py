@@ -178,14 +178,21 @@ RAW_OPS: dict[str, tuple[str, Callable[..., Any]]] = {
 }
 
 # The collectives in shared memory: what a rank does before it goes on, what it does when it needs
-# the result, and both at once. x and out are contiguous; collective and source as in
-# csrc/include/tpcore/kernels.h. They move bytes between processes and are not differentiable;
-# tpcore.parallel.shared_memory is the only caller, and detaches what it passes.
+# the result, and both. x and out are contiguous; the rest as in csrc/include/tpcore/kernels.h. They
+# are not differentiable; tpcore.parallel.shared_memory, the only caller, detaches what it passes.
 _SHM_ARGUMENTS = (
     "(Tensor x, Tensor(a!) out, Tensor(b!) segment, int collective, int source, int rank, int size,"
     " int lock, int timeout_ms) -> ()"
 )
 SHARED_MEMORY_OPS = ("shm_publish", "shm_complete", "shm_exchange")
+
+# A step of an optimizer in one pass, likewise; tpcore.train.optimizer calls it. weight and moments
+# are float32 (or float64), grad is float32 or half precision, copy half precision; all contiguous.
+OPTIMIZER_OPS = {
+    "adamw_": "(Tensor(a!) weight, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq,"
+    " Tensor(d!)? copy, float lr, float beta1, float beta2, float eps, float weight_decay,"
+    " float step, float grad_factor) -> ()"
+}
 
 
 def _refuse_autograd(packet: Any) -> Callable[..., Any]:
@@ -196,8 +203,7 @@ def _refuse_autograd(packet: Any) -> Callable[..., Any]:
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             raise RuntimeError(
                 f"torch.ops.{packet} is a raw kernel without a gradient, and an input requires "
-                "grad; call the function of tpcore.kernels instead, or wrap the call in "
-                "torch.no_grad()"
+                "grad; call the function of tpcore.kernels instead, or torch.no_grad()"
             )
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
@@ -218,13 +224,12 @@ def define_ops(namespace: str, names: Iterable[str]) -> torch.library.Library:
 
 
 _LIBRARY = define_ops("tpcore", RAW_OPS)
-for _name in SHARED_MEMORY_OPS:
-    _LIBRARY.define(_name + _SHM_ARGUMENTS, tags=(torch.Tag.pt2_compliant_tag,))
+for _name, _schema in (dict.fromkeys(SHARED_MEMORY_OPS, _SHM_ARGUMENTS) | OPTIMIZER_OPS).items():
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.register_fake(f"tpcore::{_name}", lambda *args: None, lib=_LIBRARY)
 
 
-# --- The compiled libraries
-# ------------------------------------------------------------------------
+# --- The compiled libraries -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -301,9 +306,7 @@ def _served_ops() -> dict[str, frozenset[str]]:
 NATIVE_OPS: dict[str, frozenset[str]] = _served_ops()
 
 
-# --- Philox4x32-10
-# --------------------------------------------------------------------------------- Salmon, Moraes,
-# Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+# --- Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" -----
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -384,9 +387,8 @@ def check_dropout_key(
     """Checks what every dropout has in common.
 
     Raises:
-        ValueError: if p is outside [0, 1), the stream or a head does not fit its 16 bits, the
-            columns begin before 0, or p > 0 comes without an int64 seed tensor of one element and
-            int64 row_ids.
+        ValueError: p is outside [0, 1), the stream or a head does not fit 16 bits, columns begin
+            before 0, or p > 0 comes without an int64 seed of one element and int64 row_ids.
     """
     if not 0.0 <= p < 1.0:
         raise ValueError(f"the dropout probability is {p}; expected 0 <= p < 1")
@@ -404,14 +406,12 @@ def check_dropout_key(
     if seed is None or row_ids is None:
         missing = "seed" if seed is None else "row_ids"
         raise ValueError(
-            f"dropout with p={p} needs a key, but {missing} is None; pass seed (an int64 "
-            "tensor of one element) and"
-            " row_ids (int64, one per row), or p=0 to switch dropout off"
+            f"dropout with p={p} needs a key, but {missing} is None; pass seed (an int64 tensor of "
+            "one element) and row_ids (int64, one per row), or p=0 to switch dropout off"
         )
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(
-            f"seed is {seed.dtype} of shape {tuple(seed.shape)}; expected an int64 tensor of "
-            "one element"
+            f"seed is {seed.dtype} of shape {tuple(seed.shape)}; expected int64 of one element"
         )
     if row_ids.dtype != torch.int64:
         raise ValueError(f"row_ids is {row_ids.dtype}; expected int64")

@@ -26,6 +26,8 @@ void backward_rows(const BiasDropoutResidualBackward& args, int64_t row, Acc<T>*
   for_each_vector<V>(args.columns, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
     V sum;
     for (int r = 0; r < R; ++r) {
+      prefetch(grad_y[r] + i);
+      if (!streaming && args.grad_x != nullptr) prefetch_to_write(grad_x[r] + i);
       V grad = V::load(grad_y[r] + i, lanes);
       if (args.keep != nullptr) grad = select(V::bits(keep[r], i, lanes), grad * scale, V());
       if (args.grad_x != nullptr) write<streaming>(grad, grad_x[r] + i, lanes);
@@ -57,6 +59,9 @@ void bias_dropout_residual_forward(const BiasDropoutResidualForward& args,
           const T* residual = args.residual.data ? row_of<T>(args.residual, row) : nullptr;
           T* y = static_cast<T*>(args.y) + row * args.columns;
           for_each_vector<V>(args.columns, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
+            prefetch(x + i);
+            if (residual != nullptr) prefetch(residual + i);
+            if (!streaming) prefetch_to_write(y + i);
             V value = V::load(x + i, lanes);
             if (bias != nullptr) value = value + V::load(bias + i, lanes);
             if (keep != nullptr) value = select(V::bits(keep, i, lanes), value * scale, V());

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bias and GeLU: formulas in tpcore/kernels.h, the distribution function in vector_math.h.
+// Bias and GeLU: formulas in tpcore/kernels.h, their evaluation in tpcore/math.h.
 #include "parallel.h"
 #include "types.h"
 #include "vector_math.h"
@@ -8,56 +8,8 @@ namespace tpcore {
 namespace TPCORE_ISA {
 namespace {
 
-// gelu(z) = z gate(z). For the tanh formula the gate is logistic(argument(z)).
-template <class A>
-struct TanhArgument {
-  Vec<A> near, slope, value;
-
-  TPCORE_INLINE explicit TanhArgument(Vec<A> z) {
-    using V = Vec<A>;
-    const V linear(static_cast<A>(2 * kGeluTanhScale)),
-        cubic(static_cast<A>(2 * kGeluTanhScale * kGeluTanhCubic));
-    // Beyond 16 the gate is 0 or 1; a cube that overflows would make it NaN.
-    near = smaller(V(A(16)), larger(V(A(-16)), z));
-    const V square = near * near;
-    slope = multiply_add(square, cubic * V(A(3)), linear);
-    value = near * multiply_add(square, cubic, linear);
-  }
-};
-
-// c z for the c of the old erf formula, in two parts: its rounding would be magnified.
-template <class A>
-struct OldScaled {
-  Vec<A> value, low;
-
-  TPCORE_INLINE explicit OldScaled(Vec<A> z) {
-    const Vec<A> excess(static_cast<A>(kOldErfScale - 1));
-    value = multiply_add(z, excess, z);
-    low = multiply_add(z, excess, z - value);
-  }
-};
-
-template <Gelu kind, class Precision, class A>
-TPCORE_INLINE Vec<A> gate(Vec<A> z) {
-  if (kind == Gelu::kTanh) return logistic(TanhArgument<A>(z).value);
-  if (kind == Gelu::kErf) return normal_cdf<Precision>(z);
-  using V = Vec<A>;  // beyond 16 the gate is 0 or 1, and an infinity has no two parts
-  const OldScaled<A> scaled(smaller(V(A(16)), larger(V(A(-16)), z)));
-  return normal_cdf<Precision>(scaled.value, scaled.value * scaled.low);
-}
-
-// Of z gate(z).
-template <Gelu kind, class Precision, class A>
-TPCORE_INLINE Vec<A> derivative(Vec<A> z) {
-  if (kind == Gelu::kTanh) {
-    const TanhArgument<A> argument(z);
-    const Logistic<Vec<A>> gate = logistic_with_derivative(argument.value);
-    return multiply_add(argument.near * argument.slope, gate.derivative, gate.value);
-  }
-  const Vec<A> scaled = kind == Gelu::kErf ? z : OldScaled<A>(z).value;
-  const Normal<Vec<A>> distribution = normal<Precision>(scaled);
-  return multiply_add(scaled, distribution.density, distribution.cdf);
-}
+template <class T>
+using PrecisionOf = std::conditional_t<sizeof(T) == 2, Half, Single>;
 
 template <Gelu kind>
 struct Kind {
@@ -80,9 +32,11 @@ template <class T, class P, Gelu kind>
 void forward_row(const T* x, const P* bias, T* y, int64_t columns) {
   using V = Vec<Acc<T>>;
   for_each_vector<V>(columns, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
+    prefetch(x + i);
+    prefetch_to_write(y + i);
     V z = V::load(x + i, lanes);
     if (bias != nullptr) z = z + V::load(bias + i, lanes);
-    (z * gate<kind, PrecisionOf<T>>(z)).store(y + i, lanes);
+    gelu<kind, PrecisionOf<T>>(z).store(y + i, lanes);
   });
 }
 
@@ -91,9 +45,12 @@ void backward_row(const T* grad_y, const T* x, const P* bias, T* grad_x, Acc<T>*
                   int64_t columns) {
   using V = Vec<Acc<T>>;
   for_each_vector<V>(columns, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
+    prefetch(x + i);
+    prefetch(grad_y + i);
+    if (grad_x != nullptr) prefetch_to_write(grad_x + i);
     V z = V::load(x + i, lanes);
     if (bias != nullptr) z = z + V::load(bias + i, lanes);
-    const V grad = V::load(grad_y + i, lanes) * derivative<kind, PrecisionOf<T>>(z);
+    const V grad = V::load(grad_y + i, lanes) * gelu_slope<kind, PrecisionOf<T>>(z);
     if (grad_x != nullptr) grad.store(grad_x + i, lanes);
     if (bias_sums != nullptr) (V::load(bias_sums + i, lanes) + grad).store(bias_sums + i, lanes);
   });

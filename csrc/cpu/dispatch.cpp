@@ -24,6 +24,7 @@
   void packed_attention_backward(const PackedAttentionBackward&, ParallelFor);          \
   void cross_entropy_statistics(const CrossEntropyStatistics&, ParallelFor);            \
   void cross_entropy_backward(const CrossEntropyBackward&, ParallelFor);                \
+  void adamw(const AdamW&, ParallelFor);                                                \
   ShmFailure shm_publish(const ShmCollective&, ParallelFor);                            \
   ShmFailure shm_complete(const ShmCollective&, ParallelFor);                           \
   static const CpuKernels kKernels = {                                                  \
@@ -41,6 +42,7 @@
       packed_attention_backward,                                                        \
       cross_entropy_statistics,                                                         \
       cross_entropy_backward,                                                           \
+      adamw,                                                                            \
       shm_publish,                                                                      \
       shm_complete,                                                                     \
   };                                                                                    \

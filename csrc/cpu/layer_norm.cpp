@@ -47,6 +47,7 @@ void normalize_row(const T* x, const P* weight, const P* bias, T* y, int64_t col
   using V = Vec<Acc<T>>;
   const V centre(mean), scale(rstd);
   for_each_vector<V>(columns, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
+    if (!streaming) prefetch_to_write(y + i);
     V value = (V::load(x + i, lanes) - centre) * scale;
     if (weight != nullptr) value = value * V::load(weight + i, lanes);
     if (bias != nullptr) value = value + V::load(bias + i, lanes);
@@ -98,6 +99,7 @@ void backward_rows(const LayerNormBackward& args, int64_t row, Acc<T>* weight_su
     for_each_vector<V>(args.columns, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
       prefetch(x[r] + i, R * args.x.row_stride);
       prefetch(grad_y[r] + i, R * args.grad_y.row_stride);
+      if (!streaming) prefetch_to_write(grad_x + i);
       const V w = weight != nullptr ? V::load(weight + i, lanes) : V(A(1));
       const V xhat = (V::load(x[r] + i, lanes) - mean[r]) * rstd[r];
       const V g = V::load(grad_y[r] + i, lanes) * w;

@@ -138,7 +138,7 @@ void masked_softmax_backward(const MaskedSoftmaxBackward& args, ParallelFor para
         const T* probs = static_cast<const T*>(args.probs) + at.offset(args.probs_strides);
         T* grad_scores = static_cast<T*>(args.grad_scores) + row * keys;
         const V factor(static_cast<A>(args.dropout_scale));
-        V sums[4];
+        Dot<V> dot;
         for_each_vector<V>(keys, [&](int64_t i, int slot, auto lanes) TPCORE_INLINE_LAMBDA {
           V prob = V::load(probs + i, lanes), grad = V::load(grad_y + i, lanes);
           if (args.key != nullptr) {
@@ -146,9 +146,9 @@ void masked_softmax_backward(const MaskedSoftmaxBackward& args, ParallelFor para
             prob = absolute(prob);
           }
           grad.store(g + i, lanes);
-          sums[slot] = multiply_add(grad, prob, sums[slot]);
+          dot.add(slot, grad, prob);
         });
-        const V sum(total(sums).sum());
+        const V sum(dot.sum());
         const V scale(static_cast<A>(args.scale));
         for_each_vector<V>(keys, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
           V prob = V::load(probs + i, lanes);

@@ -2,7 +2,8 @@
 // The protocol of shm_channel.h.
 //
 // Waiting. Ranks that have a processor each spin, as the others are usually microseconds behind;
-// who did so in vain, because of other work on the machine, spins half as long the next time, but
+// who did so in vain, because of other work on the machine, spins half as long the next time (to
+// find the others there already says nothing: of two on one processor every other one does), but
 // from time to time as long as at first: a kernel that has put two ranks on one processor parts
 // them only if it sees both wanting to run. Ranks that outnumber the processors yield to each other
 // instead. Then both sleep. A sleeper announces itself in `sleepers` before the kernel compares the
@@ -111,6 +112,7 @@ ShmFailure ShmChannel::wait_for(int rank) {
   uint32_t& vain_spins = ranks_[member_.rank].vain_spins;
   const int halvings = static_cast<int>(vain_spins % kRetry);
   const int spins = kSpins >> (halvings < kMaxHalvings ? halvings : kMaxHalvings);
+  if (reached(ranks_[rank])) return {};  // which says nothing of spinning
   for (int i = crowded ? kYields : spins; i > 0; --i) {
     if (reached(ranks_[rank])) {
       vain_spins = 0;

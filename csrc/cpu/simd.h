@@ -99,6 +99,42 @@ TPCORE_INLINE void for_each_vector(int64_t n, const Function& function) {
   if (i < n) function(i, 0, Partial{n - i});
 }
 
+// The same, a fixed distance ahead, for loops whose arithmetic leaves no room to wait at the end of
+// every page; to write, so that the store finds its line.
+constexpr uintptr_t kPrefetchBytes = 2048;
+TPCORE_INLINE void prefetch(const void* at) {
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + kPrefetchBytes));
+}
+TPCORE_INLINE void prefetch_to_write(const void* at) {
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(at) + kPrefetchBytes), 1);
+}
+
+// A sum of products, in the four accumulators of for_each_vector. Where a product is rounded before
+// it is added, float32 is summed in float64.
+template <class V>
+struct Dot {
+  V parts[4];
+
+  TPCORE_INLINE void add(int slot, V a, V b) { parts[slot] = multiply_add(a, b, parts[slot]); }
+  TPCORE_INLINE auto sum() const { return ((parts[0] + parts[1]) + (parts[2] + parts[3])).sum(); }
+};
+#if !defined(TPCORE_ISA_AVX512) && !defined(TPCORE_ISA_AVX2) && !defined(__ARM_NEON)
+template <>
+struct Dot<Vec<float>> {
+  F64x4 parts[4] = {};
+
+  TPCORE_INLINE void add(int slot, Vec<float> a, Vec<float> b) {
+    parts[slot] += __builtin_convertvector(a.v, F64x4) * __builtin_convertvector(b.v, F64x4);
+  }
+  TPCORE_INLINE float sum() const {
+    const F64x4 all = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+    return static_cast<float>((all[0] + all[1]) + (all[2] + all[3]));
+  }
+};
+#endif
+
 // What the four accumulators of for_each_vector come to.
 template <class V>
 TPCORE_INLINE V total(const V (&parts)[4]) {

@@ -209,6 +209,8 @@ TPCORE_INLINE Vec<float> select(__m256 mask, Vec<float> yes, Vec<float> no) {
 TPCORE_INLINE Vec<double> select(__m256d mask, Vec<double> yes, Vec<double> no) {
   return _mm256_blendv_pd(no.v, yes.v, mask);
 }
+TPCORE_INLINE Vec<float> square_root(Vec<float> a) { return _mm256_sqrt_ps(a.v); }
+TPCORE_INLINE Vec<double> square_root(Vec<double> a) { return _mm256_sqrt_pd(a.v); }
 TPCORE_INLINE Vec<float> absolute(Vec<float> a) {
   return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v);
 }
@@ -222,9 +224,15 @@ TPCORE_INLINE Vec<float> negated(Vec<float> a) { return _mm256_xor_ps(a.v, _mm25
 TPCORE_INLINE Vec<double> negated(Vec<double> a) {
   return _mm256_xor_pd(a.v, _mm256_set1_pd(-0.0));
 }
-// a^2 - square, exactly, where square is a * a as it is rounded.
-TPCORE_INLINE Vec<float> square_error(Vec<float> a, Vec<float> square) {
-  return _mm256_fmsub_ps(a.v, a.v, square.v);
+TPCORE_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return _mm256_fmadd_ps(a.v, b.v, c.v);
+}
+TPCORE_INLINE Vec<float> fused_minus(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return _mm256_fmsub_ps(a.v, b.v, c.v);
+}
+// 2^(k - 127) for 0 < k < 255 in the lowest bits of a, 0 for k = 0.
+TPCORE_INLINE Vec<float> power_of_two(Vec<float> a) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23));
 }
 TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
   return _mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -250,6 +258,23 @@ TPCORE_INLINE void interleave(Vec<double>& a, Vec<double>& b) {
   const __m256d low = _mm256_unpacklo_pd(a.v, b.v), high = _mm256_unpackhi_pd(a.v, b.v);
   a = _mm256_permute2f128_pd(low, high, 0x20);
   b = _mm256_permute2f128_pd(low, high, 0x31);
+}
+
+// Which quarter of its octave each lane of w lies in, for tables with a column for each quarter of
+// two octaves: the number is the low bit of the exponent and the high bits of the mantissa.
+struct Piece {
+  __m256i number;
+  Vec<float> middle;
+
+  TPCORE_INLINE Vec<float> entry(const float (&row)[8]) const {
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(row), number);
+  }
+};
+TPCORE_INLINE Piece piece_of(Vec<float> w) {
+  const __m256i bits = _mm256_castps_si256(w.v);
+  const __m256i left = _mm256_and_si256(bits, _mm256_set1_epi32(~0x1fffff));
+  const __m256i middle = _mm256_or_si256(left, _mm256_set1_epi32(0x100000));
+  return {_mm256_srli_epi32(bits, 21), _mm256_castsi256_ps(middle)};
 }
 
 struct U64 {

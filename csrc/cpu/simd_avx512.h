@@ -184,6 +184,8 @@ TPCORE_INLINE Vec<float> select(__mmask16 mask, Vec<float> yes, Vec<float> no) {
 TPCORE_INLINE Vec<double> select(__mmask8 mask, Vec<double> yes, Vec<double> no) {
   return _mm512_mask_mov_pd(no.v, mask, yes.v);
 }
+TPCORE_INLINE Vec<float> square_root(Vec<float> a) { return _mm512_sqrt_ps(a.v); }
+TPCORE_INLINE Vec<double> square_root(Vec<double> a) { return _mm512_sqrt_pd(a.v); }
 TPCORE_INLINE Vec<float> absolute(Vec<float> a) { return _mm512_abs_ps(a.v); }
 TPCORE_INLINE __mmask8 less(Vec<double> a, Vec<double> b) {
   return _mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ);
@@ -193,9 +195,15 @@ TPCORE_INLINE Vec<float> negated(Vec<float> a) { return _mm512_xor_ps(a.v, _mm51
 TPCORE_INLINE Vec<double> negated(Vec<double> a) {
   return _mm512_xor_pd(a.v, _mm512_set1_pd(-0.0));
 }
-// a^2 - square, exactly, where square is a * a as it is rounded.
-TPCORE_INLINE Vec<float> square_error(Vec<float> a, Vec<float> square) {
-  return _mm512_fmsub_ps(a.v, a.v, square.v);
+TPCORE_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return _mm512_fmadd_ps(a.v, b.v, c.v);
+}
+TPCORE_INLINE Vec<float> fused_minus(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return _mm512_fmsub_ps(a.v, b.v, c.v);
+}
+// 2^(k - 127) for 0 < k < 255 in the lowest bits of a, 0 for k = 0.
+TPCORE_INLINE Vec<float> power_of_two(Vec<float> a) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23));
 }
 TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
   return _mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -220,26 +228,23 @@ TPCORE_INLINE void interleave(Vec<double>& a, Vec<double>& b) {
   a = first;
 }
 
-// Where 1 + t, for 0 <= t < 15, lies among the 32 intervals 2^o [1 + m/8, 1 + (m+1)/8): the number
-// of the interval, and the distance from its left end, exactly. For piecewise polynomials with
-// tables in registers.
-struct Interval32 {
+// Which quarter of its octave each lane of w lies in, for tables with a column for each quarter of
+// two octaves: the number is the low bit of the exponent and the high bits of the mantissa.
+struct Piece {
   __m512i number;
-  Vec<float> offset;
+  Vec<float> middle;
 
-  TPCORE_INLINE explicit Interval32(Vec<float> t) {
-    const Vec<float> one(1.0f);
-    const __m512i bits = _mm512_castps_si512((t + one).v);
-    number = _mm512_srli_epi32(bits, 20);
-    const Vec<float> left =
-        _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(~0xfffff)));
-    offset = t - (left - one);
-  }
-  // The entry of each lane's interval; the first octave, whose exponent ends in 11, stands last.
-  TPCORE_INLINE Vec<float> entry(const float (&table)[32]) const {
-    return _mm512_permutex2var_ps(_mm512_loadu_ps(table), number, _mm512_loadu_ps(table + 16));
+  // The row stands in the register twice, so that the bit above the number does not matter.
+  TPCORE_INLINE Vec<float> entry(const float (&row)[8]) const {
+    return _mm512_permutexvar_ps(number, _mm512_broadcast_f32x8(_mm256_loadu_ps(row)));
   }
 };
+TPCORE_INLINE Piece piece_of(Vec<float> w) {
+  const __m512i bits = _mm512_castps_si512(w.v);
+  const __m512i left = _mm512_and_si512(bits, _mm512_set1_epi32(~0x1fffff));
+  const __m512i middle = _mm512_or_si512(left, _mm512_set1_epi32(0x100000));
+  return {_mm512_srli_epi32(bits, 21), _mm512_castsi512_ps(middle)};
+}
 
 struct U64 {
   static constexpr int64_t size = 8;

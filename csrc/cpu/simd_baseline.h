@@ -190,6 +190,12 @@ template <class A>
 TPCORE_INLINE typename Vec<A>::Mask less(Vec<A> a, Vec<A> b) {
   return a.v < b.v;
 }
+TPCORE_INLINE Vec<float> square_root(Vec<float> a) {
+  return F32x4{square_root(a.v[0]), square_root(a.v[1]), square_root(a.v[2]), square_root(a.v[3])};
+}
+TPCORE_INLINE Vec<double> square_root(Vec<double> a) {
+  return F64x2{square_root(a.v[0]), square_root(a.v[1])};
+}
 TPCORE_INLINE Vec<float> absolute(Vec<float> a) { return (F32x4)((U32x4)a.v & 0x7fffffffu); }
 TPCORE_INLINE Vec<double> absolute(Vec<double> a) {
   return (F64x2)((U64x2)a.v & 0x7fffffffffffffffu);
@@ -198,16 +204,24 @@ template <class A>
 TPCORE_INLINE Vec<A> negated(Vec<A> a) {
   return Vec<A>(-a.v);
 }
-// a^2 - square, exactly, where square is a * a as it is rounded. Without a fused multiplication a
-// is cut in two, whose products are exact.
-TPCORE_INLINE Vec<float> square_error(Vec<float> a, Vec<float> square) {
+// a * b + c, rounded once. Without such an instruction in float64, where the product is exact.
 #if defined(__ARM_NEON)
-  return multiply_add(a, a, Vec<float>(-square.v));
-#else
-  const F32x4 high = (F32x4)((U32x4)a.v & 0xfffff000u), low = a.v - high;
-  return high * high - square.v + (high + high) * low + low * low;
-#endif
+TPCORE_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return multiply_add(a, b, c);
 }
+#else
+typedef double F64x4 __attribute__((vector_size(32)));
+TPCORE_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
+  const F64x4 exact = __builtin_convertvector(a.v, F64x4) * __builtin_convertvector(b.v, F64x4) +
+                      __builtin_convertvector(c.v, F64x4);
+  return __builtin_convertvector(exact, F32x4);
+}
+#endif
+TPCORE_INLINE Vec<float> fused_minus(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return fused(a, b, negated(c));
+}
+// 2^(k - 127) for 0 < k < 255 in the lowest bits of a, 0 for k = 0.
+TPCORE_INLINE Vec<float> power_of_two(Vec<float> a) { return (F32x4)((U32x4)a.v << 23); }
 // Adding 1.5 * 2^23 leaves no bits for a fraction; right for |a| < 2^22.
 TPCORE_INLINE Vec<float> nearest_integer(Vec<float> a) {
   const F32x4 magic = Vec<float>(12582912.0f).v;
@@ -230,6 +244,34 @@ TPCORE_INLINE void interleave(Vec<double>& a, Vec<double>& b) {
   const F64x2 first{a.v[0], b.v[0]};
   b = F64x2{a.v[1], b.v[1]};
   a = first;
+}
+
+// Which quarter of its octave each lane of w lies in, for tables with a column for each quarter of
+// two octaves: the number is the low bit of the exponent and the high bits of the mantissa.
+struct Piece {
+#if defined(__ARM_NEON)
+  uint8x16_t number;  // of bytes
+#else
+  U32x4 number;
+#endif
+  Vec<float> middle;
+
+  TPCORE_INLINE Vec<float> entry(const float (&row)[8]) const {
+#if defined(__ARM_NEON)
+    return (F32x4)vqtbl2q_u8(vld1q_u8_x2(reinterpret_cast<const uint8_t*>(row)), number);
+#else
+    return F32x4{row[number[0]], row[number[1]], row[number[2]], row[number[3]]};
+#endif
+  }
+};
+TPCORE_INLINE Piece piece_of(Vec<float> w) {
+  const U32x4 bits = (U32x4)w.v, number = bits >> 21 & 7u;
+  const F32x4 middle = (F32x4)((bits & 0xffe00000u) | 0x100000u);
+#if defined(__ARM_NEON)
+  return {(uint8x16_t)(number * 0x04040404u + 0x03020100u), middle};
+#else
+  return {number, middle};
+#endif
 }
 
 struct U64 {

@@ -1,24 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elementary functions of vectors. Coefficients stand in tpcore/math.h. float64, which exists for
-// checks of gradients, goes to the C library lane by lane.
+// Elementary functions of vectors, from tpcore/math.h. float64, which exists for checks of
+// gradients, goes to the C library lane by lane.
 #pragma once
 
 #include <type_traits>
 
-#include "normal_table.h"
 #include "simd.h"
+#include "tpcore/kernels.h"
 
 namespace tpcore {
 namespace TPCORE_ISA {
-
-// e^r - 1 for |r| <= ln 2 / 2.
-template <int terms>
-TPCORE_INLINE Vec<float> exponential_minus_one(Vec<float> r) {
-  using V = Vec<float>;
-  V p(kExp[terms - 1]);
-  for (int i = terms - 2; i >= 0; --i) p = multiply_add(p, r, V(kExp[i]));
-  return multiply_add(p, r * r, r);
-}
 
 // e^x within 1.01 units in the last place, for any x: 0 and infinity beyond the range, NaN for NaN.
 TPCORE_INLINE Vec<float> exponential(Vec<float> x) {
@@ -41,124 +32,55 @@ TPCORE_INLINE Vec<double> exponential(Vec<double> x) {
   return lane_by_lane(x, [](double lane) { return __builtin_exp(lane); });
 }
 
-// 1 / (1 + e^-x) = (1 + tanh(x / 2)) / 2, by the exponential that is at most 1: nothing cancels or
-// overflows.
-template <class A>
-TPCORE_INLINE Vec<A> logistic(Vec<A> x) {
-  using V = Vec<A>;
-  const V one(A(1)), e = exponential(V() - absolute(x));
-  return select(less(x, V()), e, one) / (one + e);
+// --- GeLU and its derivative ---
+// For float32 from tpcore/math.h, for float64 by their formulas.
+
+template <Gelu kind, class Precision>
+TPCORE_INLINE Vec<float> gelu(Vec<float> z) {
+  if (kind == Gelu::kTanh) return gelu_tanh<Precision>(z);
+  return kind == Gelu::kErf ? gelu_erf<Precision>(z) : gelu_old_erf<Precision>(z);
+}
+template <Gelu kind, class Precision>
+TPCORE_INLINE Vec<float> gelu_slope(Vec<float> z) {
+  if (kind == Gelu::kTanh) return gelu_tanh_slope<Precision>(z);
+  const Vec<float> scale(static_cast<float>(kOldErfScale));
+  return gelu_erf_slope<Precision>(kind == Gelu::kErf ? z : z * scale);
 }
 
-// The same and its derivative, with one division for both.
-template <class V>
-struct Logistic {
-  V value, derivative;
-};
-
-template <class A>
-TPCORE_INLINE Logistic<Vec<A>> logistic_with_derivative(Vec<A> x) {
-  using V = Vec<A>;
-  const V one(A(1)), e = exponential(V() - absolute(x));
-  const V upper = one / (one + e), lower = e * upper;
-  return {select(less(x, V()), lower, upper), lower * upper};
-}
-
-// The standard normal distribution: Phi(z) and its density.
-template <class V>
-struct Normal {
-  V cdf, density;
-};
-
-// How many bits the result is for: float32, or a type of half the size, for which shorter
-// polynomials are as good (relative error 1e-4, an eighth of a unit of float16).
-struct Single {
-  static constexpr int exponential_terms = 5, ratio_degree = 5;
-};
-struct Half {
-  static constexpr int exponential_terms = 3, ratio_degree = 3;
-};
-template <class T>
-using PrecisionOf = std::conditional_t<sizeof(T) == 2, Half, Single>;
-
-#if defined(TPCORE_ISA_AVX512)
-// Phi(-t) exp(t^2 / 2) for 0 <= t < 15; `precise` within a unit in the last place.
-template <class Precision, bool precise = false>
-TPCORE_INLINE Vec<float> normal_ratio(Vec<float> t) {
-  const Interval32 interval(t);
-  Vec<float> ratio = interval.entry(kNormalRatio[Precision::ratio_degree]);
-  for (int i = Precision::ratio_degree - 1; i >= 1; --i) {
-    ratio = multiply_add(ratio, interval.offset, interval.entry(kNormalRatio[i]));
+template <Gelu kind>
+TPCORE_INLINE double gelu_gate(double z) {
+  if (kind == Gelu::kTanh) {
+    return 1 / (1 + __builtin_exp(-2 * kGeluTanhScale * z * (1 + kGeluTanhCubic * z * z)));
   }
-  const Vec<float> left = interval.entry(kNormalRatio[0]);
-  if (!precise) return multiply_add(ratio, interval.offset, left);
-  return multiply_add(ratio, interval.offset, interval.entry(kNormalRatioLow)) + left;
+  const double scale = kind == Gelu::kErf ? 1 : kOldErfScale;
+  return 0.5 * __builtin_erfc(-z * scale * kSqrtHalf);
 }
-#else
-template <class Precision, bool precise = false>
-TPCORE_INLINE Vec<float> normal_ratio(Vec<float> t) {
-  using V = Vec<float>;
-  const V u = V(1.0f) / multiply_add(t, V(kNormalTailSlope), V(1.0f));
-  V ratio(kNormalTail[10]);
-  for (int i = 9; i >= 0; --i) ratio = multiply_add(ratio, u, V(kNormalTail[i]));
-  return ratio * u;
-}
-#endif
-
-// e^(-t^2 / 2 - product) for 0 <= t < 15 and a small product, as 2^n (1 + e).
-struct Bell {
-  Vec<float> n, e;
-};
-
-// The square's own rounding, which the exponential would magnify, is known exactly and joins the
-// remainder.
-template <class Precision>
-TPCORE_INLINE Bell bell(Vec<float> t, Vec<float> product) {
-  using V = Vec<float>;
-  const V half(-0.5f);
-  const V square = t * t;
-  const V n = nearest_integer(square * V(-0.5f * kLog2E));
-  V r = multiply_add(n, V(-kLn2High), square * half);
-  if (std::is_same_v<Precision, Single>) {
-    r = multiply_add(n, V(-kLn2Low), r);
-    r = multiply_add(square_error(t, square), half, r) - product;
+// z times the derivative of the gate.
+template <Gelu kind>
+TPCORE_INLINE double gelu_density(double z) {
+  if (kind == Gelu::kTanh) {
+    // Beyond 64 the gate is 0 or 1.
+    if (!(z < 64 && -z < 64)) return z != z ? z : 0;
+    const double gate = gelu_gate<kind>(z);
+    const double slope = 2 * kGeluTanhScale * (1 + 3 * kGeluTanhCubic * z * z);
+    return z * slope * gate * gelu_gate<kind>(-z);
   }
-  return {n, exponential_minus_one<Precision::exponential_terms>(r)};
+  const double scaled = z * (kind == Gelu::kErf ? 1 : kOldErfScale);
+  const double bell = __builtin_exp(-0.5 * scaled * scaled);
+  return bell == 0 ? 0 : scaled * bell * 0.3989422804014326779;
 }
 
-// Phi(z + low), where product = z * low, by the tail: Phi(z) = Phi(-|z|) or 1 - Phi(-|z|), which
-// keeps its relative accuracy. Beyond 14.875 the tail is 0; a NaN passes through.
-template <class Precision>
-TPCORE_INLINE Vec<float> normal_cdf(Vec<float> z, Vec<float> product = Vec<float>()) {
-  using V = Vec<float>;
-  const V t = smaller(V(14.875f), absolute(z));
-  const Bell b = bell<Precision>(t, product);
-  const V ratio = normal_ratio<Precision, std::is_same_v<Precision, Single>>(t);
-  const V tail = scale_by_power(multiply_add(ratio, b.e, ratio), b.n);
-  return select(less(z, V()), tail, V(1.0f) - tail);
+template <Gelu kind, class Precision>
+TPCORE_INLINE Vec<double> gelu(Vec<double> z) {
+  return lane_by_lane(z, [](double lane) {
+    const double gate = gelu_gate<kind>(lane);
+    return gate == 0 ? gate : lane * gate;
+  });
 }
-
-// Phi(z) and its density, which share an exponential.
-template <class Precision>
-TPCORE_INLINE Normal<Vec<float>> normal(Vec<float> z) {
-  using V = Vec<float>;
-  const V t = smaller(V(14.875f), absolute(z));
-  const Bell b = bell<Precision>(t, V());
-  const V density = scale_by_power(b.e + V(1.0f), b.n);
-  const V tail = normal_ratio<Precision>(t) * density;
-  return {select(less(z, V()), tail, V(1.0f) - tail), density * V(kNormalDensity)};
-}
-
-template <class Precision>
-TPCORE_INLINE Vec<double> normal_cdf(Vec<double> z, Vec<double> = Vec<double>()) {
-  return lane_by_lane(z, [](double lane) { return 0.5 * __builtin_erfc(-lane * kSqrtHalf); });
-}
-
-template <class Precision>
-TPCORE_INLINE Normal<Vec<double>> normal(Vec<double> z) {
-  return {normal_cdf<Precision>(z), lane_by_lane(z, [](double lane) {
-            return __builtin_exp(-0.5 * lane * lane) * 0.3989422804014326779;
-          })};
+template <Gelu kind, class Precision>
+TPCORE_INLINE Vec<double> gelu_slope(Vec<double> z) {
+  return lane_by_lane(z,
+                      [](double lane) { return gelu_gate<kind>(lane) + gelu_density<kind>(lane); });
 }
 
 }  // namespace TPCORE_ISA

@@ -1,83 +1,80 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bias and GeLU: formulas in tpcore/kernels.h, coefficients in tpcore/math.h.
+// Bias and GeLU: formulas in tpcore/kernels.h, their evaluation in tpcore/math.h.
 //
-// Forward moves 2 s bytes per element, backward 3 s: the bias gradient is summed on the way. One
-// exponential and one reciprocal per element serve the gate and its derivative. A thread owns the
-// columns of one 16-byte vector, holds their bias in registers, and walks down the rows.
+// Forward moves 2 s bytes per element, backward 3 s: the bias gradient is summed on the way. A
+// thread owns the columns of one 16-byte vector, holds their bias in registers, and walks down the
+// rows.
 #include "columns.cuh"
 
 namespace tpcore {
 namespace cuda {
 namespace {
 
-// gelu(z) = z gate(z): the gate, and the derivative of z gate(z).
-template <class A>
+template <class T>
+using PrecisionOf = std::conditional_t<sizeof(T) == 2, Half, Single>;
+
+// GeLU and its derivative: for float32 from tpcore/math.h, for float64 by their formulas.
+template <Gelu kind, class Precision>
+TPCORE_DEVICE float gelu(float value) {
+  const Lane z(value);
+  if constexpr (kind == Gelu::kTanh) return gelu_tanh<Precision>(z).value;
+  return (kind == Gelu::kErf ? gelu_erf<Precision>(z) : gelu_old_erf<Precision>(z)).value;
+}
+
+template <Gelu kind, class Precision>
+TPCORE_DEVICE float gelu_slope(float value) {
+  if constexpr (kind == Gelu::kTanh) return gelu_tanh_slope<Precision>(Lane(value)).value;
+  const float scale = kind == Gelu::kErf ? 1.0f : static_cast<float>(kOldErfScale);
+  return gelu_erf_slope<Precision>(Lane(value * scale)).value;
+}
+
+// The gate g of z g(z), and z g'(z).
 struct Gated {
-  A gate, derivative;
+  double gate, rest;
 };
 
-// table[i] + x (table[i + 1] + x (.. )); the table is read when this is compiled.
-template <const auto& table, int i = 0>
-TPCORE_DEVICE float polynomial(float x) {
-  constexpr float coefficient = table[i];
-  if constexpr (i + 1 == sizeof(table) / sizeof(table[0])) {
-    return coefficient;
-  } else {
-    return multiply_add(polynomial<table, i + 1>(x), x, coefficient);
+template <Gelu kind>
+TPCORE_DEVICE Gated gelu_gate(double z) {
+  // Beyond 64 the gate is 0 or 1; a cube that overflows would make it NaN.
+  const double near = z > 64 ? 64 : z < -64 ? -64 : z;
+  if constexpr (kind == Gelu::kTanh) {
+    const double square = near * near;
+    const double twice_u = 2 * kGeluTanhScale * fabs(near) * (1 + kGeluTanhCubic * square);
+    const double slope = 2 * kGeluTanhScale * (1 + 3 * kGeluTanhCubic * square);
+    const double e = exponential(-twice_u), upper = 1 / (1 + e), lower = e * upper;
+    return {near < 0 ? lower : upper, near * slope * lower * upper};
   }
+  const double scaled = near * (kind == Gelu::kErf ? 1.0 : kOldErfScale);
+  const double density = exponential(-0.5 * scaled * scaled) * 0.3989422804014326779;
+  return {0.5 * erfc(-scaled * kSqrtHalf), scaled * density};
 }
 
-// The standard normal distribution and its density.
-TPCORE_DEVICE void normal(float z, float* cdf, float* density) {
-  const float t = fabsf(z) > 15.0f ? 15.0f : fabsf(z);  // beyond, the tail is 0; NaN stays
-  const float square = t * t;
-  float e = exponential(-0.5f * square);
-  e = multiply_add(e, -0.5f * multiply_add(t, t, -square), e);  // what rounding the square lost
-  const float u = reciprocal(multiply_add(t, kNormalTailSlope, 1.0f));
-  const float tail = polynomial<kNormalTail>(u) * u * e;
-  *cdf = z < 0.0f ? tail : 1.0f - tail;
-  *density = e * kNormalDensity;
+template <Gelu kind, class Precision>
+TPCORE_DEVICE double gelu(double z) {
+  const double gate = gelu_gate<kind>(z).gate;
+  return gate == 0 ? gate : z * gate;
 }
 
-TPCORE_DEVICE void normal(double z, double* cdf, double* density) {
-  *cdf = 0.5 * erfc(-z * kSqrtHalf);
-  *density = exponential(-0.5 * z * z) * 0.3989422804014326779;
+template <Gelu kind, class Precision>
+TPCORE_DEVICE double gelu_slope(double z) {
+  const Gated gated = gelu_gate<kind>(z);
+  return gated.gate + gated.rest;
 }
 
-template <class A>
-TPCORE_DEVICE Gated<A> gelu_erf(A z, A scale) {
-  A cdf, density;
-  normal(z * scale, &cdf, &density);
-  return {cdf, multiply_add(z * scale, density, cdf)};
-}
+template <Gelu kind>
+struct Kind {
+  static constexpr Gelu value = kind;
+};
 
-// (1 + tanh u) / 2 = 1 / (1 + exp(-2 u)), by the exponential that is at most 1: nothing cancels or
-// overflows.
-template <class A>
-TPCORE_DEVICE Gated<A> gelu_tanh(A z) {
-  constexpr A linear = static_cast<A>(2 * kGeluTanhScale);
-  constexpr A cubic = static_cast<A>(2 * kGeluTanhScale * kGeluTanhCubic);
-  // Beyond 16 the gate is 0 or 1; a cube that overflows would make it NaN.
-  const A near = z > A(16) ? A(16) : z < A(-16) ? A(-16) : z;
-  const A square = near * near;
-  const A twice_u = near * multiply_add(square, cubic, linear);
-  const A slope = multiply_add(square, 3 * cubic, linear);
-  const A e = exponential(twice_u < 0 ? twice_u : -twice_u);
-  const A upper = reciprocal(A(1) + e), lower = e * upper;
-  const A gate = twice_u < 0 ? lower : upper;
-  return {gate, multiply_add(near * slope, lower * upper, gate)};
-}
-
-// visit(i, gated) for every z[i]; the kind is the same for the whole grid.
-template <class A, int N, class Visit>
-TPCORE_DEVICE void for_each_gated(Gelu kind, const Vector<A, N>& z, const Visit& visit) {
-  if (kind == Gelu::kTanh) {
-#pragma unroll
-    for (int i = 0; i < N; ++i) visit(i, gelu_tanh(z[i]));
+// function(Kind) for the kind of the whole grid.
+template <class Function>
+TPCORE_DEVICE void with_kind(Gelu kind, const Function& function) {
+  if (kind == Gelu::kErf) {
+    function(Kind<Gelu::kErf>{});
+  } else if (kind == Gelu::kTanh) {
+    function(Kind<Gelu::kTanh>{});
   } else {
-    const A scale = kind == Gelu::kErf ? A(1) : static_cast<A>(kOldErfScale);
-#pragma unroll
-    for (int i = 0; i < N; ++i) visit(i, gelu_erf(z[i], scale));
+    function(Kind<Gelu::kOldErf>{});
   }
 }
 
@@ -95,7 +92,10 @@ __global__ void __launch_bounds__(kTileThreads) forward(BiasGeluForward args) {
 #pragma unroll
     for (int i = 0; i < N; ++i) z[i] += bias[i];
     Vector<A, N> y;
-    for_each_gated(args.gelu, z, [&](int i, const Gated<A>& gated) { y[i] = z[i] * gated.gate; });
+    with_kind(args.gelu, [&](auto kind) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) y[i] = gelu<decltype(kind)::value, PrecisionOf<T>>(z[i]);
+    });
     store(static_cast<T*>(args.y) + row * args.columns + begin, lanes, narrow<T>(y));
   });
 }
@@ -119,9 +119,12 @@ __global__ void __launch_bounds__(kTileThreads, 1) backward(BiasGeluBackward arg
 #pragma unroll
     for (int i = 0; i < N; ++i) z[i] += bias[i];
     Vector<A, N> grad;
-    for_each_gated(args.gelu, z, [&](int i, const Gated<A>& gated) {
-      grad[i] = grad_y[i] * gated.derivative;
-      sums[i] += grad[i];
+    with_kind(args.gelu, [&](auto kind) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        grad[i] = grad_y[i] * gelu_slope<decltype(kind)::value, PrecisionOf<T>>(z[i]);
+        sums[i] += grad[i];
+      }
     });
     if (grad_x != nullptr) store(grad_x + row * args.columns + begin, lanes, narrow<T>(grad));
   });

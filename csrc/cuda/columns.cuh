@@ -39,25 +39,28 @@ TPCORE_DEVICE void for_each_row_of_run(int64_t rows, const Body& body) {
   for (; row < rows; row += step) body(row);
 }
 
-// out[begin + i] = sum of sums[i] over the y of the block, in their order. For all threads of the
-// block to call.
+// out[begin + i] = sum of sums[i] over the y of the block, as a tree of halves: few steps, and few
+// roundings on the way of each. For all threads of the block to call.
 template <class A, int N>
 TPCORE_DEVICE void add_over_rows(const Vector<A, N>& sums, A (&scratch)[kTileThreads * N], A* out,
                                  int64_t begin, int64_t columns) {
+  const auto at = [&](unsigned y, int i) -> A& {
+    return scratch[(y * N + i) * blockDim.x + threadIdx.x];
+  };
   Vector<A, N> total = sums;
-  if (blockDim.y > 1) {
-    block_barrier();  // the scratch of the call before has been read
+  if (blockDim.y > 1) block_barrier();  // the scratch of the call before has been read
+  for (unsigned rows = blockDim.y; rows > 1;) {
+    const unsigned half = (rows + 1) / 2;  // a step writes what no later one touches
+    if (threadIdx.y >= half && threadIdx.y < rows) {
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      scratch[(threadIdx.y * N + i) * blockDim.x + threadIdx.x] = sums[i];
+      for (int i = 0; i < N; ++i) at(threadIdx.y, i) = total[i];
     }
     block_barrier();
-    if (threadIdx.y == 0) {
-      for (unsigned y = 1; y < blockDim.y; ++y) {
+    if (threadIdx.y + half < rows) {
 #pragma unroll
-        for (int i = 0; i < N; ++i) total[i] += scratch[(y * N + i) * blockDim.x + threadIdx.x];
-      }
+      for (int i = 0; i < N; ++i) total[i] += at(threadIdx.y + half, i);
     }
+    rows = half;
   }
   if (threadIdx.y == 0 && begin < columns) {
     store(out + begin, lanes_at<N>(begin, columns), narrow<A>(total));

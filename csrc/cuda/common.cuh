@@ -46,6 +46,42 @@ TPCORE_DEVICE float reciprocal(float value) {
 TPCORE_DEVICE double reciprocal(double value) { return 1.0 / value; }
 TPCORE_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 TPCORE_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
+// One number as the vector that the functions of tpcore/math.h work on.
+struct Lane {
+  float value;
+  TPCORE_DEVICE Lane() : value(0) {}
+  TPCORE_DEVICE explicit Lane(float value) : value(value) {}
+};
+TPCORE_DEVICE Lane operator+(Lane a, Lane b) { return Lane(a.value + b.value); }
+TPCORE_DEVICE Lane operator-(Lane a, Lane b) { return Lane(a.value - b.value); }
+TPCORE_DEVICE Lane operator*(Lane a, Lane b) { return Lane(a.value * b.value); }
+TPCORE_DEVICE Lane operator/(Lane a, Lane b) { return Lane(a.value / b.value); }
+TPCORE_DEVICE Lane multiply_add(Lane a, Lane b, Lane c) {
+  return Lane(fmaf(a.value, b.value, c.value));
+}
+TPCORE_DEVICE Lane fused(Lane a, Lane b, Lane c) { return multiply_add(a, b, c); }
+TPCORE_DEVICE Lane fused_minus(Lane a, Lane b, Lane c) {
+  return Lane(fmaf(a.value, b.value, -c.value));
+}
+TPCORE_DEVICE Lane absolute(Lane a) { return Lane(fabsf(a.value)); }
+// b where either is NaN.
+TPCORE_DEVICE Lane smaller(Lane a, Lane b) { return a.value < b.value ? a : b; }
+TPCORE_DEVICE Lane larger(Lane a, Lane b) { return a.value > b.value ? a : b; }
+TPCORE_DEVICE bool less(Lane a, Lane b) { return a.value < b.value; }
+TPCORE_DEVICE Lane select(bool mask, Lane yes, Lane no) { return mask ? yes : no; }
+TPCORE_DEVICE Lane power_of_two(Lane a) { return Lane(float_from_bits(float_bits(a.value) << 23)); }
+struct Piece {
+  uint32_t number;
+  Lane middle;
+  // A row is 32 bytes of one line of the cache: the threads of a warp are served at once.
+  TPCORE_DEVICE Lane entry(const float (&row)[8]) const { return Lane(row[number]); }
+};
+TPCORE_DEVICE Piece piece_of(Lane w) {
+  const uint32_t bits = float_bits(w.value);
+  return {bits >> 21 & 7u, Lane(float_from_bits((bits & 0xffe00000u) | 0x100000u))};
+}
+
 TPCORE_DEVICE double double_from_bits(uint64_t bits) {
   double value;
   memcpy(&value, &bits, sizeof value);

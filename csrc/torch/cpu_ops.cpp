@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The CPU implementations of the raw ops, on torch's own thread pool.
+#include "adamw_ops.h"
 #include "attention_ops.h"
 #include "launch.h"
 #include "ops.h"
@@ -32,6 +33,7 @@ struct Cpu {
   op(bias_dropout_residual_cpu_forward) \
   op(bias_dropout_residual_cpu_backward)
 #define TPCORE_CPU_ONLY_OPS(op) \
+  op(adamw_)                    \
   op(packed_attention_forward)  \
   op(packed_attention_backward) \
   op(shm_publish)               \

@@ -7,6 +7,7 @@ import torch
 
 from tests.cuda.device import Output, matrix, sums_dtype, vector
 from tests.helpers.numerics import assert_as_accurate_as_torch
+from tests.helpers.units import EXACT_GELU, every_magnitude, units_in_the_last_place
 from tests.kernels.harness import by_dtype
 from tpcore.kernels import reference
 
@@ -107,6 +108,14 @@ def test_every_magnitude(device, dtype, kind):
     slope, _ = _backward(device, ones, x, None, kind)
     assert slope[0, -2] == 1
     assert abs(slope[0, -3].item()) < 1e-100
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_in_the_last_place(device, kind):
+    """As on the CPU: both evaluate tpcore/math.h."""
+    x = torch.cat([every_magnitude(499979), torch.linspace(-13.5, 5, 6000)])
+    y = _forward(device, x[None], None, kind)[0]
+    assert units_in_the_last_place(y, EXACT_GELU[kind](x.double())) <= 2.0
 
 
 def test_without_bias_and_only_what_is_wanted(device):

@@ -100,9 +100,12 @@ MISSING_BARRIERS = {
     ),
     "between the rows of a sum": Mutation(
         "columns.cuh",
-        "    block_barrier();\n    if (threadIdx.y == 0) {",
-        "    if (threadIdx.y == 0) {",
+        "    block_barrier();\n    if (threadIdx.y + half < rows) {",
+        "    if (threadIdx.y + half < rows) {",
         "bias_gelu.cu",
+    ),
+    "between two sums": Mutation(
+        "columns.cuh", "if (blockDim.y > 1) block_barrier();", "", "layer_norm.cu"
     ),
     "before scratch is used again": Mutation("rows.cuh", "turn_ ^= 1;", "", "layer_norm.cu"),
 }

@@ -119,7 +119,7 @@ def test_compiled_graphs_follow_the_choice():
 def test_native_ops_are_those_the_library_names():
     require("cpu")
     info = _native.status("cpu").info
-    declared = {*_native.RAW_OPS, *_native.SHARED_MEMORY_OPS}
+    declared = {*_native.RAW_OPS, *_native.SHARED_MEMORY_OPS, *_native.OPTIMIZER_OPS}
     assert set(info["ops"]) == _native.NATIVE_OPS["cpu"] <= declared
     for op in info["ops"]:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"tpcore::{op}", "CPU")

@@ -239,6 +239,20 @@ struct DropoutMask {
   bool* keep;      // [batch, heads, queries, columns] contiguous
 };
 
+// One step of AdamW, rounded as torch.optim.AdamW(fused=True) rounds it. With g = grad_factor *
+// grad: w = (1 - lr * weight_decay) * weight,  m' = m + (1 - beta1) * (g - m), v' = beta2 * v + (1
+// - beta2) * g^2, w' = w - lr / (1 - beta1^step) * m' / (sqrt(v') / sqrt(1 - beta2^step) + eps)
+struct AdamW {
+  int64_t count;
+  DType dtype, grad_dtype;
+  double lr, beta1, beta2, eps, weight_decay, step, grad_factor;
+  const void* grad;  // P [count]
+  void* weight;      // A [count], in place
+  void* exp_avg;     // A [count], in place: m
+  void* exp_avg_sq;  // A [count], in place: v
+  void* copy;        // T [count], w' rounded, or null
+};
+
 // The shared memory of a group of ranks on one host, as one of them sees it; csrc/cpu/shm_channel.h
 // says how they meet there.
 struct ShmMember {
@@ -302,6 +316,7 @@ struct CpuKernels {
   void (*packed_attention_backward)(const PackedAttentionBackward&, ParallelFor);
   void (*cross_entropy_statistics)(const CrossEntropyStatistics&, ParallelFor);
   void (*cross_entropy_backward)(const CrossEntropyBackward&, ParallelFor);
+  void (*adamw)(const AdamW&, ParallelFor);
   ShmFailure (*shm_publish)(const ShmCollective&, ParallelFor);
   ShmFailure (*shm_complete)(const ShmCollective&, ParallelFor);
 };
