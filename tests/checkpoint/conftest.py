@@ -1,3 +1,5 @@
+import tempfile
+
 import pytest
 
 from tests.checkpoint.hostile_process import hostile_reader
@@ -7,3 +9,12 @@ from tests.checkpoint.hostile_process import hostile_reader
 def hostile():
     with hostile_reader() as reader:
         yield reader
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """An empty TMPDIR."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import io
+import json
 import random
 import resource
 import shutil
@@ -24,15 +25,18 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+from tests.checkpoint import test_core, test_nemo
 from tests.checkpoint.hostile_pickles import edit_zip
 from tests.checkpoint.test_hostile_dist import write_dist
 from tests.checkpoint.tiny import random_model, write_megatron
 from tpcore import checkpoint
-from tpcore.checkpoint import CheckpointError
-from tpcore.checkpoint.archive import Archive, unpack
+from tpcore.checkpoint import CheckpointError, load_sharded, save_sharded
+from tpcore.checkpoint.untrusted.archive import Archive, unpack
+from tpcore.layers import ColumnParallelLinear
+from tpcore.parallel.group import TensorParallelGroup
 
 SECONDS_EACH = 20
-FEWEST = 20
+FEWEST = 5
 """Files of each container, however slow the machine is."""
 EXTRA_BYTES = 2 * 2**30
 INTERESTING = (
@@ -193,10 +197,82 @@ def _pickled_huggingface(folder: Path) -> Path:
     return out
 
 
+def _in_parts(folder: Path) -> Path:
+    """A Hugging Face folder whose weights lie in two files, with their index."""
+    out = _huggingface(folder)
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(out / "model.safetensors")
+    (out / "model.safetensors").unlink()
+    places = {}
+    for number in range(2):
+        name = f"model-{number}.safetensors"
+        part = {key: tensors[key] for key in sorted(tensors)[number::2]}
+        save_file(part, out / name, metadata={"format": "pt"})
+        places |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index))
+    return out
+
+
+def _lightning(folder: Path) -> Path:
+    state = {**test_nemo.encoder(), **test_nemo.classifier()}
+    node = test_nemo.NODES["token_classification"]
+    hyper = {"cfg": {"language_model": {"config": test_nemo.ENCODER}, **node}}
+    facts = {"state_dict": state, "hyper_parameters": hyper, "checkpoint_version": 3.0}
+    torch.save(facts, folder / "a--epoch=0.ckpt")
+    return folder / "a--epoch=0.ckpt"
+
+
+def _core(folder: Path) -> Path:
+    test_core.write_torch(folder, tp=1, pp=1, fused=True)
+    return next(folder.rglob("*.pt"))
+
+
+def _with_settings(folder: Path) -> Path:
+    """A checkpoint, and beside it JSON that is passed as `config_file`."""
+    write_megatron(folder / "a", random_model(layers=1))
+    settings = test_nemo.ENCODER | {"num_layers": 1, "onnx_safe": False}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def _read_settings(path: Path) -> None:
+    checkpoint.inspect(path / "a", config_file=path / "config.json")
+
+
+def _module(seed_value: int) -> torch.nn.Module:
+    torch.manual_seed(seed_value)
+    single = TensorParallelGroup.single()
+    up = ColumnParallelLinear(4, 12, tp=single)
+    return torch.nn.Sequential(up, torch.nn.LayerNorm(12))
+
+
+def _sharded(folder: Path) -> Path:
+    save_sharded(_module(0), folder / "sharded")
+    return folder / "sharded"
+
+
+def _read_sharded(path: Path) -> None:
+    """What loads is what was saved, to the bit: all of it is read whole, so checksums say so."""
+    module = _module(1)
+    load_sharded(module, path)
+    for name, tensor in _module(0).state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name
+
+
 CONTAINERS = {
     "megatron": Container(lambda folder: _megatron(folder, True)),
     "megatron-pickle": _PickleInZip(lambda folder: _megatron(folder, True)),
     "megatron-legacy": Container(lambda folder: _megatron(folder, False)),
+    "megatron-tracker": Container(
+        lambda folder: write_megatron(folder / "tracked", random_model(layers=1)),
+        "latest_checkpointed_iteration.txt",
+    ),
+    "core": _PickleInZip(_core),
+    "lightning": _PickleInZip(_lightning),
+    "settings": Container(_with_settings, "config.json", _read_settings),
+    "safetensors-index": Container(_in_parts, "model.safetensors.index.json"),
     "safetensors": Container(_huggingface, "model.safetensors"),
     "config": Container(_huggingface, "config.json"),
     "pytorch_model": _PickleInZip(_pickled_huggingface, "pytorch_model.bin"),
@@ -207,6 +283,8 @@ CONTAINERS = {
     "dist-metadata": Container(_dist, ".metadata"),
     "dist-chunks": Container(_dist, "__0_0.distcp"),
     "dist-common": _PickleInZip(_dist, "common.pt"),
+    "sharded-index": Container(_sharded, "index.json", _read_sharded),
+    "sharded-file": Container(_sharded, "shard_00_of_01.safetensors", _read_sharded),
 }
 
 
@@ -234,14 +312,15 @@ def fuzz(name: str, seconds: float) -> None:
         if count >= FEWEST and time.monotonic() > end:
             return
         file.write_bytes(container.damage(valid, steps))
-        signal.alarm(SECONDS_EACH)  # kills: a reader that hangs in C cannot be interrupted
+        # Of processor time, and it kills: a reader that hangs in C cannot be interrupted.
+        signal.setitimer(signal.ITIMER_PROF, SECONDS_EACH)
         try:
             container.read(path)
         except CheckpointError as error:
             refused += 1
             if not str(error).isprintable() or path.name not in str(error):
                 raise AssertionError(f"a bad message: {error}") from error
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         count += 1
 
     while count < FEWEST or time.monotonic() < end:
@@ -254,5 +333,9 @@ if __name__ == "__main__":
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + EXTRA_BYTES,) * 2)
     faulthandler.enable()
-    for container_name in sys.argv[2:]:
-        fuzz(container_name, float(sys.argv[1]) / len(sys.argv[2:]))
+    begin, names = time.monotonic(), sys.argv[2:]
+    for index, container_name in enumerate(names):
+        # What making and reading the valid files takes is part of the time.
+        left = begin + float(sys.argv[1]) - time.monotonic()
+        fuzz(container_name, left / (len(names) - index))
+    print(f"{time.monotonic() - begin:.1f} seconds")

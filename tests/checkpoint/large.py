@@ -1,6 +1,6 @@
 """Run as a program: makes a checkpoint of the 345m size, or loads one and reports memory and time.
 
-python -m tests.checkpoint.large make FOLDER
+python -m tests.checkpoint.large make FOLDER [LAYERS]
 python -m tests.checkpoint.large load PATH SIZE
 python -m tests.checkpoint.large convert PATH DESTINATION FORMAT SIZE
 """
@@ -19,7 +19,7 @@ import torch
 HIDDEN, LAYERS, HEADS, POSITIONS, ROWS = 1024, 24, 16, 512, 30592
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+def shapes(num_layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
     """Megatron's names, flat, with their shapes."""
     h, f = HIDDEN, 4 * HIDDEN
     model = {
@@ -37,7 +37,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
     }
     parts = {
         f"language_model.transformer.layers.{i}.{name}": shape
-        for i in range(LAYERS)
+        for i in range(num_layers)
         for name, shape in layer.items()
     }
     parts |= {
@@ -52,12 +52,15 @@ def shapes() -> dict[str, tuple[int, ...]]:
     return {**model, "lm_head.bias": (ROWS,)}
 
 
-def make(folder: Path) -> None:
-    """A release directory with random weights: no args, no version, as the released file."""
-    model = {name: torch.empty(shape).uniform_(-0.1, 0.1) for name, shape in shapes().items()}
+def make(folder: Path, num_layers: int = LAYERS) -> None:
+    """A release directory with random weights: no version, as the released file."""
+    model = {
+        name: torch.empty(shape).uniform_(-0.1, 0.1) for name, shape in shapes(num_layers).items()
+    }
     file = folder / "release" / "mp_rank_00" / "model_optim_rng.pt"
     file.parent.mkdir(parents=True)
-    torch.save({"iteration": 0, "model": model, "args": argparse.Namespace()}, file)
+    args = argparse.Namespace(num_attention_heads=HEADS)
+    torch.save({"iteration": 0, "model": model, "args": args}, file)
     (folder / "latest_checkpointed_iteration.txt").write_text("release")
 
 
@@ -80,7 +83,7 @@ def _measured(action) -> tuple[object, dict[str, float]]:
 def main(argv: list[str]) -> None:
     command, path = argv[0], Path(argv[1])
     if command == "make":
-        make(path)
+        make(path, *map(int, argv[2:]))
         return
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -104,6 +107,8 @@ def main(argv: list[str]) -> None:
         _, report = _measured(
             lambda: checkpoint.convert(path, argv[2], to=argv[3], tensor_parallel_size=int(argv[4]))
         )
+        report["largest_bytes"] = 4 * ROWS * HIDDEN
+        report["model_bytes"] = sum(file.stat().st_size for file in path.rglob("*.pt"))
     print(json.dumps(report))
 
 

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpcore.checkpoint import CheckpointError, tar_members
-from tpcore.checkpoint.archive import Archive, recognise, unpack
+from tpcore.checkpoint import CheckpointError
+from tpcore.checkpoint.untrusted import tar_members
+from tpcore.checkpoint.untrusted.archive import Archive, recognise, unpack
 
 FILES = {
     "model_config.yaml": b"target: a.b\n",

@@ -22,7 +22,7 @@ from tests.checkpoint import tiny
 from tpcore import checkpoint
 from tpcore.checkpoint import CheckpointError, convert
 from tpcore.checkpoint.io import _read
-from tpcore.checkpoint.unpickle import load_pickle
+from tpcore.checkpoint.untrusted.unpickle import load_pickle
 
 MODEL = tiny.random_model()
 

@@ -49,11 +49,11 @@ def test_a_limit_on_the_size_of_files(source, tmp_path, to):
     _assert_untouched(folder, before)
 
 
-@pytest.mark.parametrize("to", ["megatron", "huggingface"])
+@pytest.mark.parametrize("to", ["megatron", "nemo", "huggingface"])
 def test_a_full_file_system(source, tmp_path, to, capfd):
     folder = tmp_path / "disk"
     folder.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    options = ["-t", "tmpfs", "-o", "size=512k", "tmpfs", str(folder)]
     if subprocess.run(["mount", *options], capture_output=True).returncode:
         pytest.skip("mounting a small file system needs privileges that this process lacks")
     try:

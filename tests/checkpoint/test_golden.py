@@ -72,6 +72,52 @@ def test_losses_are_the_recorded_ones(name):
     assert binary == pytest.approx(expected["binary_loss"].item(), abs=1e-5)
 
 
+def _labels(inputs):
+    return inputs["labels"].masked_fill(inputs["loss_mask"] == 0, -100)
+
+
+def _check_losses_over_padding(tp, folders):
+    num_padded = 0
+    for folder in folders:
+        item = golden.Golden(folder)
+        expected = item.expected()
+        if "lm_loss" not in expected or "true_vocab" not in expected:
+            continue
+        inputs, true = item.inputs(), expected["true_vocab"].item()
+        if expected["padded_vocab"].item() == true:
+            continue
+        num_padded += 1
+        arguments = (inputs["tokens"], inputs["padding_mask"], inputs["types"])
+        losses = {}
+        for flag in (True, False):
+            model = _load(item, tp=tp, vocab_size=true, loss_over_padding=flag).eval()
+            assert model.config.padded_vocab_size == expected["padded_vocab"]
+            with torch.no_grad():
+                losses[flag] = model(*arguments, labels=_labels(inputs)).loss.item()
+        allowed = 1e-2 if "fp16" in item.name else 2e-5
+        recorded = expected["lm_loss"].item()
+        assert losses[True] == pytest.approx(recorded, abs=allowed), item.name
+        assert losses[False] < recorded - allowed, item.name
+    assert num_padded >= 4
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_losses_over_the_padded_vocabulary_are_megatrons(size):
+    """With the true size of the vocabulary known, a flag keeps the padded columns in the loss."""
+    folders = [item.folder for item in (*COMMITTED, *SHARED)]
+    run_ranks(_check_losses_over_padding, size, folders)
+
+
+def test_the_flag_is_written_and_read_again(tmp_path):
+    item = golden.Golden(golden.COMMITTED / "v2.0_tp2")
+    options = {"vocab_size": 1000, "loss_over_padding": True}
+    for format in ("megatron", "megatron-core", "nemo"):
+        checkpoint.convert(item.checkpoint, tmp_path / format, to=format, **options)
+        config = checkpoint.inspect(tmp_path / format).config
+        assert (config.vocab_size, config.loss_over_padding) == (1000, True)
+    assert not checkpoint.inspect(item.checkpoint).config.loss_over_padding
+
+
 def test_hidden_states_differ_where_only_the_rows_of_qkv_are_misread():
     """The comparison above would notice a wrong row order."""
     item = golden.Golden(golden.COMMITTED / "ckptv1.0_tp2")

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoint import golden, tiny
 from tpcore import checkpoint
-from tpcore.checkpoint import CheckpointError, convert, huggingface
+from tpcore.checkpoint import CheckpointError, convert
+from tpcore.checkpoint.formats import huggingface
 
 BERT = golden.COMMITTED / "hf_bert_pretraining" / "model"
 MEGATRON_BERT = golden.COMMITTED / "hf_megatron_bert_seqcls" / "model"

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 from tests.checkpoint import golden, tiny
 from tests.helpers.ranks import run_ranks
 from tpcore import checkpoint
-from tpcore.checkpoint import CheckpointError, CheckpointInfo, stored
+from tpcore.checkpoint import CheckpointError, CheckpointInfo, stored, torch_file
 from tpcore.parallel.sharding import shard
 
 PRETRAINED = golden.COMMITTED / "ckptv1.0_tp2" / "ckpt"
@@ -172,6 +173,9 @@ def test_other_requests_that_cannot_be_met(tmp_path):
         checkpoint.load(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="no checkpoint is recognised there"):
         checkpoint.load(tmp_path)
+    shutil.copy(BERT / "model.safetensors", tmp_path)
+    with pytest.raises(CheckpointError, match=r"weights, but no config\.json beside them"):
+        checkpoint.load(tmp_path)
     checkpoint.save(checkpoint.load(PRETRAINED, head=None), tmp_path / "bare")
     with pytest.raises(CheckpointError, match="holds no head"):
         checkpoint.load(tmp_path / "bare", num_labels=2)
@@ -326,31 +330,31 @@ def test_formats_and_sizes_that_cannot_be_written(tmp_path):
 
 
 class _DiskFull:
-    """torch.save that fails on one rank, or after some files."""
+    """Records of torch files are written until some files are complete, then no more."""
 
     def __init__(self, after=0):
         self.left = after
-        self.save = torch.save
+        self.add = torch_file._add
 
-    def __call__(self, content, path, **kwargs):
-        if self.left == 0:
+    def __call__(self, file, name, data):
+        self.left -= name == "data.pkl"
+        if self.left < 0:
             raise OSError(28, "No space left on device")
-        self.left -= 1
-        self.save(content, path, **kwargs)
+        self.add(file, name, data)
 
 
 def _check_nothing_half_written(tp, source, folder, failing_rank, size, existing):
     model = checkpoint.load(source, tp=tp)
     if existing:
         checkpoint.save(model, folder / "x", tensor_parallel_size=1)
-    original = torch.save
+    original = torch_file._add
     if tp.rank == failing_rank:
-        torch.save = _DiskFull(after=0 if size is None else 1)
+        torch_file._add = _DiskFull(after=0 if size is None else 1)
     try:
         with pytest.raises(CheckpointError, match=r"No space left|another rank"):
             checkpoint.save(model, folder / "x", tensor_parallel_size=size, overwrite=existing)
     finally:
-        torch.save = original
+        torch_file._add = original
     assert (folder / "x").exists() == existing
     assert not (folder / ".x.incomplete").exists()
     assert not (folder / ".x.replaced").exists()
@@ -369,7 +373,7 @@ def test_a_rank_that_cannot_write_leaves_nothing_behind(tmp_path, failing_rank, 
 
 
 def test_a_failed_conversion_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "save", _DiskFull(after=1))
+    monkeypatch.setattr(torch_file, "_add", _DiskFull(after=1))
     with pytest.raises(CheckpointError, match=r"cannot be written .*No space left"):
         checkpoint.convert(PRETRAINED, tmp_path / "x", to="megatron", tensor_parallel_size=2)
     assert not list(tmp_path.iterdir())

@@ -8,7 +8,8 @@ import torch
 
 from tests.checkpoint import tiny
 from tests.checkpoint.tiny import edit_models
-from tpcore.checkpoint import CheckpointError, megatron
+from tpcore.checkpoint import CheckpointError
+from tpcore.checkpoint.formats import megatron
 
 MODEL = tiny.random_model()
 
@@ -185,3 +186,44 @@ def test_shapes_beyond_the_file(tmp_path):
     torch.save({"model": flat}, tmp_path / "MegatronBERT.pt")
     with pytest.raises(CheckpointError, match="claims shape"):
         megatron.read(tmp_path)
+
+
+def test_more_ranks_than_there_were(tmp_path):
+    root = tiny.write_megatron(tmp_path / "a", MODEL, tp=2)
+    more = tiny.write_megatron(tmp_path / "b", MODEL, tp=4)
+    shutil.copytree(more / "iter_0000010/mp_rank_02", root / "iter_0000010/mp_rank_02")
+    with pytest.raises(CheckpointError, match=r"by 2 .* 3 .* are there; .*take them away"):
+        megatron.read(root)
+
+
+def test_files_that_were_swapped_or_come_from_two_checkpoints(tmp_path):
+    def by(**facts):
+        def edit(content, rank, stage):
+            for name, value in facts.items():
+                setattr(content["args"], name, value(rank))
+
+        return edit
+
+    root = tiny.write_megatron(tmp_path / "a", MODEL, tp=2, edit=by(rank=lambda rank: 8 + rank))
+    first, second = sorted((root / "iter_0000010").iterdir())
+    tiny.assert_reads_as(root, MODEL)
+    first.rename(tmp_path / "x")
+    second.rename(first)
+    (tmp_path / "x").rename(second)
+    with pytest.raises(
+        CheckpointError, match=r"mp_rank_00.*written by process 9.*rename them back"
+    ):
+        megatron.read(root)
+    # A converter writes all of them in one process.
+    tiny.assert_reads_as(
+        tiny.write_megatron(tmp_path / "b", MODEL, tp=2, edit=by(rank=lambda rank: 0)), MODEL
+    )
+    for name, what in (("checkpoint_version", 2.0), ("iteration", 11)):
+
+        def other(content, rank, stage, name=name, what=what):
+            if rank == 1:
+                content[name] = what
+
+        root = tiny.write_megatron(tmp_path / name, MODEL, tp=2, edit=other)
+        with pytest.raises(CheckpointError, match=rf"mp_rank_01.* has {name}=.*.*mp_rank_00.*diff"):
+            megatron.read(root)

@@ -7,8 +7,9 @@ import torch
 
 from tests.checkpoint import golden, tiny
 from tests.checkpoint.tiny import assert_reads_as, edit_models
-from tpcore.checkpoint import CheckpointError, convert, megatron
-from tpcore.checkpoint.unpickle import load_pickle
+from tpcore.checkpoint import CheckpointError, convert
+from tpcore.checkpoint.formats import megatron
+from tpcore.checkpoint.untrusted.unpickle import load_pickle
 
 MODEL = tiny.random_model()
 

@@ -11,7 +11,7 @@ from tests.checkpoint import golden, tiny
 from tpcore import checkpoint
 from tpcore.checkpoint import CheckpointError, convert, nemo_contents
 from tpcore.checkpoint.io import _read
-from tpcore.checkpoint.unpickle import load_pickle
+from tpcore.checkpoint.untrusted.unpickle import load_pickle
 
 MODEL = {
     name: tensor
@@ -213,6 +213,34 @@ def test_lightning_checkpoints(tmp_path):
     torch.save({**encoder(), **classifier()}, file)
     with pytest.raises(CheckpointError, match="nothing says what for"):
         checkpoint.inspect(file, num_attention_heads=tiny.HEADS, qkv_layout="v3")
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("pattern", ["mp_rank_{:02d}", "tp_rank_{:02d}_pp_rank_000"])
+def test_lightning_checkpoints_of_many_ranks(tmp_path, tp, pattern):
+    """NeMo puts each rank's file into a folder of its own, beside those of other steps."""
+    hyper = {"cfg": {"language_model": {"config": ENCODER}, **NODES["token_classification"]}}
+    for rank in range(tp):
+        folder = tmp_path / pattern.format(rank)
+        folder.mkdir()
+        content = {"hyper_parameters": hyper, "checkpoint_version": 3.0, "global_step": 12}
+        state = {**encoder(rank, tp), **classifier()}
+        torch.save({**content, "state_dict": state}, folder / "a--epoch=0.ckpt")
+    state = _read(tmp_path, None, {})
+    assert_encoder(state)
+    assert (state.source.tensor_parallel_size, state.head) == (tp, "token_classification")
+    last = tmp_path / pattern.format(tp - 1)
+    (last / "a--epoch=0.ckpt").rename(last / "b.ckpt")
+    with pytest.raises(CheckpointError, match="different names"):
+        _read(tmp_path, None, {})
+    (last / "b.ckpt").rename(last / "a--epoch=0.ckpt")
+    (last / "a-last.ckpt").write_bytes(b"another")
+    with pytest.raises(CheckpointError, match=r"holds 2 checkpoints; pass .*a--epoch=0\.ckpt"):
+        _read(tmp_path, None, {})
+    assert_encoder(_read(last / "a--epoch=0.ckpt", None, {}))
+    (tmp_path / pattern.format(0) / "a--epoch=0.ckpt").unlink()
+    with pytest.raises(CheckpointError, match=r"missing: .*_rank_00.*a--epoch=0\.ckpt"):
+        _read(last / "a--epoch=0.ckpt", None, {})
 
 
 def test_a_head_that_tpcore_does_not_have(tmp_path):

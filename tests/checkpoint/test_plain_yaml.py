@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tpcore.checkpoint import CheckpointError
-from tpcore.checkpoint.plain_yaml import MAX_BYTES, parse_yaml
+from tpcore.checkpoint.untrusted.plain_yaml import MAX_BYTES, parse_yaml
 
 yaml = pytest.importorskip("yaml")
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tpcore.checkpoint import qkv
+from tpcore.checkpoint.formats import qkv
 
 sizes = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(0, 2))
 

@@ -252,6 +252,19 @@ def test_a_file_put_into_the_cache_wins(released, tmp_path):
     assert released.requests == []
 
 
+def test_a_digest_that_the_user_pinned(released, tmp_path):
+    folder = tmp_path / "cache" / NAME
+    folder.mkdir(parents=True)
+    pin = folder / "weights.pt.sha256"
+    for text, message in (("0" * 64, "another SHA-256 digest"), ("abc", "64 hex digits")):
+        pin.write_text(f"{text}  weights.pt\n")
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load(NAME)
+        assert not (folder / "weights.pt").exists()
+    pin.write_text(f"{hashlib.sha256(released.content).hexdigest()}  weights.pt\n")
+    assert checkpoint.load(NAME).config.hidden_size == 16
+
+
 def test_the_commands_take_names(released, tmp_path, capsys):
     assert main(["inspect", NAME]) == 0
     assert "Megatron-LM" in capsys.readouterr().out

@@ -299,6 +299,11 @@ NORM = ("tensors", "norm.weight")
         ((*NORM, "parts"), 0),
         ((*NORM, "unpadded"), 8),
         ((*NORM, "dtype"), "float33"),
+        # Consistent in itself, and another order of the rows:
+        (("tensors", "qkv.weight", "parts"), 1),
+        (("tensors", "up.weight", "parts"), 2),
+        (("tensors", "down.weight", "dim"), 0),
+        (("tensors", "embedding.weight", "unpadded"), None),
     ],
 )
 def test_an_index_that_was_edited_is_refused(saved, keys, value):
@@ -312,13 +317,30 @@ def test_an_index_that_was_edited_is_refused(saved, keys, value):
         load_sharded(_tower(SINGLE), saved)
 
 
+def _check_edit_is_refused(tp, folder):
+    """At sizes where other parts would give a permuted tensor."""
+    with pytest.raises(CheckpointError, match="was edited"):
+        load_sharded(_tower(tp), folder, tp=tp)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_other_parts_would_permute_a_tensor_of_two_ranks(tmp_path, size):
+    run_ranks(_check_save, 2, tmp_path / "x")
+    path = tmp_path / "x" / "index.json"
+    index = json.loads(path.read_text())
+    assert index["tensors"]["qkv.weight"]["parts"] == 3
+    index["tensors"]["qkv.weight"]["parts"] = 1
+    path.write_text(json.dumps(index))
+    run_ranks(_check_edit_is_refused, size, tmp_path / "x")
+
+
 def test_a_shape_of_the_index_only_is_refused(saved):
     index = json.loads((saved / "index.json").read_text())
     index["tensors"]["norm.weight"]["shape"] = [4]
     (saved / "index.json").write_text(json.dumps(index))
     tower = _tower(SINGLE)
     tower.norm.weight = nn.Parameter(torch.zeros(4))
-    with pytest.raises(CheckpointError, match=r"norm\.weight is \[8\], and \[4\] according to"):
+    with pytest.raises(CheckpointError, match="was edited"):
         load_sharded(tower, saved)
 
 

@@ -10,7 +10,7 @@ import torch
 from tests.checkpoint import golden, tiny
 from tpcore import checkpoint
 from tpcore.checkpoint import CheckpointError
-from tpcore.checkpoint.unpickle import load_pickle
+from tpcore.checkpoint.untrusted.unpickle import load_pickle
 from tpcore.cli import main
 
 MODEL = tiny.random_model()

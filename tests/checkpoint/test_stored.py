@@ -15,7 +15,7 @@ from tpcore.checkpoint.stored import (
     joined,
     whole,
 )
-from tpcore.checkpoint.unpickle import load_pickle
+from tpcore.checkpoint.untrusted.unpickle import load_pickle
 
 
 def _tensors():

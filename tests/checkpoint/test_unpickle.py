@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpcore.checkpoint import CheckpointError
-from tpcore.checkpoint.unpickle import STUBBED, InertStub, load_pickle
+from tpcore.checkpoint.untrusted.unpickle import STUBBED, InertStub, load_pickle
 
 FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -234,7 +234,7 @@ def test_what_lightning_keeps_beside_the_weights_is_inert(tmp_path, monkeypatch)
 def test_checksums_are_read_without_memory_for_the_file(tmp_path):
     path = _save(tmp_path / "x.pt", {"w": torch.ones(2**24)})
     script = (
-        "import sys; from pathlib import Path; from tpcore.checkpoint.unpickle import *\n"
+        "import sys; from pathlib import Path; from tpcore.checkpoint.untrusted.unpickle import *\n"
         "def rss(): return int(Path('/proc/self/statm').read_text().split()[1]) * 4096\n"
         "before = rss(); check_records(Path(sys.argv[1])); print(rss() - before)"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tpcore.checkpoint import megatron
+from tpcore.checkpoint.formats import megatron
 from tpcore.checkpoint.state import CanonicalState
 
 HIDDEN, HEADS, FEED_FORWARD, POSITIONS, ROWS, LAYERS = 16, 4, 32, 8, 256, 4

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tpcore.checkpoint.errors import CheckpointError
+    from tpcore.checkpoint.formats.nemo import contents as nemo_contents
     from tpcore.checkpoint.info import CheckpointInfo
     from tpcore.checkpoint.io import convert, inspect, load, save
-    from tpcore.checkpoint.nemo import contents as nemo_contents
     from tpcore.checkpoint.sharded import load_sharded, save_sharded
 
 _HOMES = {
@@ -26,7 +26,7 @@ _HOMES = {
     "inspect": "tpcore.checkpoint.io",
     "load": "tpcore.checkpoint.io",
     "load_sharded": "tpcore.checkpoint.sharded",
-    "nemo_contents": "tpcore.checkpoint.nemo",
+    "nemo_contents": "tpcore.checkpoint.formats.nemo",
     "save": "tpcore.checkpoint.io",
     "save_sharded": "tpcore.checkpoint.sharded",
 }

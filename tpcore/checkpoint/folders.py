@@ -51,6 +51,20 @@ def _replaced(destination: Path) -> Path:
     return destination.parent / f".{destination.name}.replaced"
 
 
+def check_not_replaced(path: Path) -> None:
+    """Say where an old folder is, if a process was killed while it was being replaced.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    old = _replaced(path)
+    if old.is_dir() and not path.exists():
+        raise CheckpointError(
+            f"{path}: was being replaced when a process was killed; what was there is now called "
+            f"{old}: rename it back"
+        )
+
+
 def is_empty(path: Path) -> bool:
     """Whether it is a folder that holds nothing."""
     return path.is_dir() and not any(path.iterdir())

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from tpcore.checkpoint import (
-    dist_metadata,
-    folders,
-    huggingface,
-    megatron,
-    megatron_dist,
-    megatron_files,
-    nemo,
-    registry,
-    writers,
-)
+from tpcore.checkpoint import folders, registry, writers
 from tpcore.checkpoint.build import AUTO, build_model, override_config, state_from_model
 from tpcore.checkpoint.errors import CheckpointError
+from tpcore.checkpoint.formats import huggingface, megatron, megatron_dist, megatron_files, nemo
 from tpcore.checkpoint.info import CheckpointInfo
+from tpcore.checkpoint.per_host import PerHost
 from tpcore.checkpoint.progress import watched
 from tpcore.checkpoint.state import CanonicalState, Source
 from tpcore.checkpoint.stated import Stated, apply_stated, stated_config
-from tpcore.checkpoint.unpickle import check_embedded, check_records
+from tpcore.checkpoint.untrusted import dist_metadata
+from tpcore.checkpoint.untrusted.unpickle import check_embedded, check_records
 from tpcore.checkpoint.writers import Format
 from tpcore.layers.block import ActivationCheckpointing
 from tpcore.models.bert import BertModel
@@ -83,8 +77,8 @@ def load(
     """
     tp = TensorParallelGroup.single() if tp is None else tp
     state = _read(Path(path), qkv_layout, config_overrides, stated_config(config_file, config))
-    _check_files(state)
-    return build_model(
+    checked = _checked(state, tp.rank)
+    model = build_model(
         state,
         tp=tp,
         head=head,
@@ -98,6 +92,8 @@ def load(
             "accumulate_main_grad": accumulate_main_grad,
         },
     )
+    del checked
+    return model
 
 
 def save(
@@ -193,8 +189,8 @@ def convert(
     """Rewrite a checkpoint in another format or at another tensor-parallel size.
 
     Tensors keep their dtype and their bits; the files of a tokenizer found beside the source go
-    along. Runs in one process, and needs memory for one rank's shard and one full tensor, for a
-    Hugging Face folder for the model. Weights that are not finite numbers get one line in the log.
+    along. Runs in one process, and needs memory for one full tensor. Weights that are not finite
+    numbers get one line in the log.
 
     Args:
         source: any checkpoint that `load` reads.
@@ -217,7 +213,7 @@ def convert(
     source, destination = Path(source), Path(destination).resolve()
     state = _read(source, qkv_layout, config_overrides, stated_config(config_file, config))
     writers.check_writable(state, to, tensor_parallel_size)
-    _check_files(state)
+    _checked(state)
     folders.check_apart(destination, state.source.path, state.source.files)
     writers.prepare(destination, to, overwrite)
     folder, size = folders.pending(destination), tensor_parallel_size
@@ -247,6 +243,7 @@ def _read(
         needed = ("num_attention_heads", "num_token_types")
         overrides = {n: stated.fields[n] for n in needed if n in stated.fields} | dict(overrides)
     if not path.exists():
+        folders.check_not_replaced(path)
         given = {**registry.known_facts(path), **given}
         path = registry.locate(path)
     if huggingface.recognise(path):
@@ -267,11 +264,16 @@ def _read(
     elif megatron_files.recognise(path):
         state = megatron.read(path, qkv_layout=qkv_layout, overrides=overrides)
     else:
+        if huggingface.lacks_config(path):
+            raise CheckpointError(
+                f"{path}: there are weights, but no {huggingface.CONFIG} beside them; copy that of "
+                "the model there"
+            )
         raise CheckpointError(
             f"{path}: no checkpoint is recognised there; expected a Megatron-LM directory "
             f"({megatron_files.TRACKER}, mp_rank_XX folders or {dist_metadata.METADATA}), one of "
-            "its .pt files, or a "
-            f"Hugging Face folder ({huggingface.CONFIG} with {huggingface.SAFETENSORS} or "
+            "its .pt files, a .nemo or .ckpt file, or a Hugging Face folder "
+            f"({huggingface.CONFIG} with {huggingface.SAFETENSORS} or "
             f"{huggingface.PICKLE})"
         )
     if stated is not None:
@@ -279,9 +281,28 @@ def _read(
     return override_config(state, given)
 
 
-def _check_files(state: CanonicalState) -> None:
+def _checked(state: CanonicalState, first: int = 0) -> list[PerHost]:
+    """Compare the checksums of all files, once for all processes of a machine.
+
+    What is returned says to the others that a file was checked, as long as it lives. `first`: with
+    which of the files to begin, so that ranks do not all wait for the same one.
+    """
+    checks: dict[Path, list[Callable[[], None]]] = {}
     for file in state.source.files:
-        if file.suffix != ".distcp":  # many torch files in one
-            check_records(file)
+        if file.suffix not in (".distcp", ".safetensors", ".json"):  # those have no checksums
+            checks.setdefault(file, []).append(partial(check_records, file))
     for file, offset, size, where in state.source.parts:
-        check_embedded(file, offset, size, where)
+        checks.setdefault(file, []).append(partial(check_embedded, file, offset, size, where))
+    held: list[PerHost] = []
+    files = list(checks)
+    for file in files[first % len(files) :] + files[: first % len(files)] if files else ():
+
+        def check(_: Path | None, own: Sequence[Callable[[], None]] = checks[file]) -> None:
+            for compare in own:
+                compare()
+
+        try:
+            held.append(PerHost(file, "checked", check))
+        except OSError:
+            check(None)  # no place for a note; the file itself may be the cause, which this says
+    return held

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 SHOWN_FROM_BYTES = 256 * 2**20
 """Smaller conversions are over before a bar is of use."""
 
+_PIECE = 2**20
+
 
 @contextmanager
 def watched(state: CanonicalState, size: int, label: str) -> Iterator[CanonicalState]:
@@ -41,7 +43,7 @@ def watched(state: CanonicalState, size: int, label: str) -> Iterator[CanonicalS
 
         def seen(name: str, tensor: Tensor) -> Tensor:
             advance(tensor.numel() * tensor.element_size())
-            if not tensor.isfinite().all():
+            if not _is_finite(tensor):
                 strange[name] = None
             return tensor
 
@@ -53,6 +55,11 @@ def watched(state: CanonicalState, size: int, label: str) -> Iterator[CanonicalS
             state.source.path,
             listing(strange),
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """In pieces: `isfinite` needs more memory than what it looks at."""
+    return all(bool(p.isfinite().all()) for p in tensor.reshape(-1).split(_PIECE))
 
 
 def _observed(

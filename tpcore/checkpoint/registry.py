@@ -35,7 +35,8 @@ class Release:
     """Name of the vocabulary in this package (`tokenizer.SHIPPED`); None: it has its own."""
     vocabulary_url: str | None = None
     sha256: str | None = None
-    """Of the checkpoint; its publisher gives none, so None until somebody verifies one."""
+    """Of the checkpoint; its publisher gives none, so None until somebody verifies one. A user
+    pins the digest of a file that he trusts in `<file>.sha256` beside its place in the cache."""
 
 
 RELEASES = {
@@ -137,10 +138,23 @@ def _fetch(name: str, url: str, sha256: str | None) -> Path:
     if target.is_file():
         return target
     try:
-        download(url, target, sha256=sha256)
+        download(url, target, sha256=_pinned(target) or sha256)
     except CheckpointError as error:
         raise CheckpointError(
             f"{name}: {error}; get the file elsewhere and put it at {target} (the environment "
             f"variable {CACHE_VARIABLE} moves that folder), or pass its path instead of the name"
         ) from error
     return target
+
+
+def _pinned(target: Path) -> str | None:
+    """The digest that the user expects of a file: the first word of `<file>.sha256`."""
+    file = target.with_name(f"{target.name}.sha256")
+    if not file.is_file():
+        return None
+    with file.open(encoding="ascii", errors="replace") as stream:
+        words = stream.read(4096).split()
+    digest = words[0].lower() if words else ""
+    if len(digest) != 64 or digest.strip("0123456789abcdef"):
+        raise CheckpointError(f"{file}: does not begin with a SHA-256 digest (64 hex digits)")
+    return digest

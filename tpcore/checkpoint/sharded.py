@@ -13,6 +13,10 @@ length without padding, along the split dimension. Where the length changes, pad
 by repeating the last row.
 
 Bits are kept. Nothing is dropped, renamed or newly initialised. Reading needs no communication.
+
+Every file holds a checksum of the layouts in the index and one of each of its tensors. The second
+is compared where a shard is read whole, which is what a rank does at the size of the save; of a
+shard of which only a part is needed the rest is not read, so the part goes unchecked.
 """
 
 from __future__ import annotations
@@ -111,6 +115,13 @@ def save_sharded(
     number = torch.tensor([secrets.randbits(62)], device=device)
     identity = f"{int(broadcast(number, tp)):x}"
 
+    def layouts() -> dict[str, Any]:
+        return {
+            "tensor_parallel_size": tp.size,
+            "tensors": {entry.names[0]: _describe(entry) for entry in entries},
+            "tied": {name: entry.names[0] for entry in entries for name in entry.names[1:]},
+        }
+
     def prepare() -> None:
         if destination.exists() and not folders.is_empty(destination) and overwrite:
             _read_index(destination)  # only what this function wrote is overwritten
@@ -123,7 +134,12 @@ def save_sharded(
             if entry.layout.dim is not None or tp.rank == 0
         }
         checksums = {name: _checksum(tensor) for name, tensor in own.items()}
-        metadata = {"format": FORMAT, "save": identity, "crc32": json.dumps(checksums)}
+        metadata = {
+            "format": FORMAT,
+            "save": identity,
+            "index": _index_checksum(layouts()),
+            "crc32": json.dumps(checksums),
+        }
         save_file(own, pending / _file_name(tp.rank, tp.size), metadata)
 
     def finish(pending: Path) -> None:
@@ -131,10 +147,8 @@ def save_sharded(
         index = {
             "format": FORMAT,
             "save": identity,
-            "tensor_parallel_size": tp.size,
             "files": {name: (pending / name).stat().st_size for name in names},
-            "tensors": {entry.names[0]: _describe(entry) for entry in entries},
-            "tied": {name: entry.names[0] for entry in entries for name in entry.names[1:]},
+            **layouts(),
         }
         (pending / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
@@ -310,6 +324,11 @@ class _Stored:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
             if metadata.get("save") != self.identity:
                 raise CheckpointError(f"{path} does not belong to {INDEX}: it is of another save")
+            if metadata.get("index") != _index_checksum(self.index):
+                raise CheckpointError(
+                    f"{self.folder / INDEX} is damaged, or was edited: the layouts in it are not "
+                    f"those that {path.name} was written with"
+                )
             try:
                 checksums = dict(json.loads(metadata["crc32"]))
             except (KeyError, TypeError, ValueError) as error:
@@ -431,6 +450,12 @@ def _read_index(folder: Path) -> dict[str, Any]:
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not of the format {FORMAT!r}")
     return index
+
+
+def _index_checksum(index: Mapping[str, Any]) -> str:
+    """Of all that says which element of a file is which element of a tensor."""
+    layouts = {key: index[key] for key in ("tensor_parallel_size", "tensors", "tied")}
+    return f"{zlib.crc32(json.dumps(layouts, sort_keys=True).encode()):08x}"
 
 
 def _checksum(tensor: Tensor) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -136,6 +137,17 @@ class CanonicalState:
         if name in self.copies:
             self._check_copy(name, piece, self.copies[name].narrow(dim, start, stop))
         return piece if total == rows else resize_vocabulary(piece, length)
+
+    def described_shard(self, name: str, rank: int, size: int, vocab_rows: int) -> StoredTensor:
+        """As `shard`, read when it is asked for."""
+        stored, sharding = self.tensors[name], sharding_of(name)
+        shape = list(stored.shape)
+        if isinstance(sharding, Sharded):
+            if name in VOCABULARY_PARAMETERS:
+                shape[sharding.dim] = vocab_rows
+            shape[sharding.dim] = divide(shape[sharding.dim], size, name)
+        read = partial(self.shard, name, rank, size, vocab_rows)
+        return StoredTensor(tuple(shape), stored.dtype, read)
 
     def _check_copy(self, name: str, tensor: Tensor, copy: Tensor) -> None:
         if not torch.equal(tensor, copy):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tpcore.checkpoint.errors import CheckpointError, shown
-from tpcore.checkpoint.huggingface_config import read_json
+from tpcore.checkpoint.formats.huggingface_config import read_json
 from tpcore.checkpoint.state import CanonicalState
 from tpcore.models.config import PRESETS, BertConfig
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tpcore.checkpoint.errors import CheckpointError
-from tpcore.checkpoint.unpickle import FileRange, load_embedded
-from tpcore.checkpoint.zip_directory import MAGIC, read_directory
+from tpcore.checkpoint.untrusted.unpickle import FileRange, load_embedded
+from tpcore.checkpoint.untrusted.zip_directory import MAGIC, read_directory
 
 _BLOCK_BYTES = 2**20
 
@@ -280,22 +280,56 @@ def _find_base(tensors: Iterable[Tensor], path: Path, where: str) -> int | None:
     return bases[0] if len(bases) == 1 else None
 
 
+def embedded_content(path: Path, offset: int, size: int, where: str) -> Any:
+    """The object in a torch zip file that is a range of another file; tensors are described only.
+
+    Raises:
+        CheckpointError: as `load_embedded`.
+    """
+    with FakeTensorMode():
+        return load_embedded(path, offset, size, where)
+
+
+def embedded_pieces(
+    tensors: Mapping[str, Any], path: Path, offset: int, size: int, where: str
+) -> dict[str, Piece]:
+    """The tensors of `embedded_content`, as pieces that are read from the file later.
+
+    Args:
+        tensors: some or all of them, by name.
+        path: the file.
+        offset: of the torch file in it.
+        size: of the torch file.
+        where: what errors call it.
+
+    Raises:
+        CheckpointError: one of them is no ordinary dense tensor.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        records = read_directory(FileRange(data, offset, size, where), where)
+    sizes = {record.offset: record.size for record in records.values() if record.size}
+    pieces: dict[str, Piece] = {}
+    for key, value in tensors.items():
+        check_dense(value, key, where)
+        storage = value.untyped_storage()
+        # What torch says of a storage that it did not read: where its record begins.
+        record = int(getattr(storage, "_checkpoint_offset", None) or 0)
+        if storage.nbytes() > sizes.get(record, 0):
+            raise CheckpointError(f"{where}: {key:.80} lies in no record of the file")
+        begin = offset + record + value.storage_offset() * value.element_size()
+        shape, strides = tuple(value.shape), tuple(value.stride())
+        pieces[key] = FilePiece(path, where, begin, shape, strides, value.dtype)
+    return pieces
+
+
 def embedded_piece(path: Path, offset: int, size: int, where: str) -> Piece:
     """The one tensor in a torch zip file that is a range of another file; only described.
 
     Raises:
         CheckpointError: something else is there.
     """
-    with FakeTensorMode():
-        value = load_embedded(path, offset, size, where)
-    check_dense(value, "the tensor", where)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        records = read_directory(FileRange(data, offset, size, where), where)
-    stored = {name.rpartition("/data/")[2]: r for name, r in records.items() if "/data/" in name}
-    if len(stored) != 1 or "0" not in stored or num_bytes(value) == 0:
-        return HeldPiece(load_embedded(path, offset, size, where).detach())
-    begin = offset + stored["0"].offset + value.storage_offset() * value.element_size()
-    return FilePiece(path, where, begin, tuple(value.shape), tuple(value.stride()), value.dtype)
+    value = embedded_content(path, offset, size, where)
+    return embedded_pieces({"the tensor": value}, path, offset, size, where)["the tensor"]
 
 
 def num_bytes(value: Tensor) -> int:

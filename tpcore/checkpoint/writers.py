@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from tpcore.checkpoint import (
-    folders,
+from tpcore.checkpoint import folders
+from tpcore.checkpoint.errors import CheckpointError
+from tpcore.checkpoint.formats import (
     huggingface,
     megatron_dist,
     megatron_files,
@@ -17,7 +18,6 @@ from tpcore.checkpoint import (
     nemo,
     nemo_write,
 )
-from tpcore.checkpoint.errors import CheckpointError
 from tpcore.checkpoint.state import CanonicalState
 from tpcore.parallel.group import TensorParallelGroup
 
@@ -45,6 +45,7 @@ def check_writable(state: CanonicalState, name: str, size: int) -> None:
 
 def prepare(destination: Path, name: str, overwrite: bool) -> None:
     """Make the pending folder; of what is there only a checkpoint is replaced."""
+    folders.check_not_replaced(destination)
     replaceable = overwrite and (
         nemo.recognise(destination)
         if name == "nemo"
@@ -69,36 +70,27 @@ def write(
 ) -> None:
     """Write this process's part. Reading is collective, so all of it is done before an error."""
     errors: list[Exception] = []
-
-    def attempt(function: Callable[..., None], *args: Any) -> None:
+    # Each rank saves its own shard where it has it; otherwise rank 0 saves what all gather.
+    own = name != "huggingface" and state.holds(tp.rank, size, state.padded_rows(size))
+    for rank in [tp.rank] if own else range(1 if name == "huggingface" else size):
+        writes = (own or tp.rank == 0) and not errors
         try:
-            if not errors:
-                function(*args)
+            if name == "huggingface":
+                huggingface.save(state, folder, write=writes)
+            elif name == "nemo":
+                nemo_write.save_rank(state, folder, size, rank, write=writes)
+            else:
+                core = name == "megatron-core"
+                megatron_write.save_rank(state, folder, size, rank, core=core, write=writes)
         except Exception as error:
+            if tp.size == 1:
+                raise
             errors.append(error)
-
-    if name == "huggingface":
-        values, tensors = huggingface.content(state)
-        if tp.rank == 0:
-            attempt(huggingface.save, folder, values, tensors)
-    else:
-        # Each rank saves its own shard where it has it; otherwise rank 0 saves what all gather.
-        own = state.holds(tp.rank, size, state.padded_rows(size))
-        for rank in [tp.rank] if own else range(size):
-            if name == "nemo":
-                weights = nemo_write.rank_content(state, size, rank)
-                if own or tp.rank == 0:
-                    attempt(nemo_write.save_rank, folder, weights, size, rank)
-                continue
-            core = name == "megatron-core"
-            content = megatron_write.rank_content(state, size, rank, core=core)
-            if own or tp.rank == 0:
-                attempt(megatron_write.save_rank, folder, content, state, rank)
-    if tp.rank == 0 and name != "nemo":
-        for file in tokenizer_files:
-            attempt(shutil.copyfile, file, folder / file.name)
     if errors:
         raise errors[0]
+    if tp.rank == 0 and name != "nemo":
+        for file in tokenizer_files:
+            shutil.copyfile(file, folder / file.name)
 
 
 def finish(

@@ -14,14 +14,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from tpcore.checkpoint import names, nemo_names
+from tpcore.checkpoint import names, torch_file
 from tpcore.checkpoint.errors import CheckpointError
-from tpcore.checkpoint.megatron_args import args_from_state
-from tpcore.checkpoint.nemo import WEIGHTS
-from tpcore.checkpoint.nemo_config import (
+from tpcore.checkpoint.formats import nemo_names
+from tpcore.checkpoint.formats.megatron_args import args_from_state
+from tpcore.checkpoint.formats.nemo import WEIGHTS
+from tpcore.checkpoint.formats.nemo_config import (
     MODEL_CONFIG,
     OWN_FACTS,
     VERSION_FILE,
@@ -55,18 +53,23 @@ def check_writable(state: CanonicalState, tensor_parallel_size: int) -> dict[str
     }
 
 
-def rank_content(state: CanonicalState, size: int, rank: int) -> dict[str, Tensor]:
-    """The state dict of one rank."""
-    rows = state.padded_rows(size)
-    inverse = check_writable(state, size)
-    return {inverse[name]: state.shard(name, rank, size, rows) for name in state.tensors}
+def save_rank(
+    state: CanonicalState, folder: Path, size: int, rank: int, *, write: bool = True
+) -> None:
+    """Put one rank's weights where NeMo looks for them.
 
+    ``write=False`` only takes part in reading, as in `torch_file.save`.
 
-def save_rank(folder: Path, content: Mapping[str, Tensor], size: int, rank: int) -> None:
-    """Put one rank's weights where NeMo looks for them."""
+    Raises:
+        CheckpointError: as `check_writable`.
+        OSError: the file cannot be written.
+    """
+    keys, rows = check_writable(state, size), state.padded_rows(size)
+    content = {keys[name]: state.described_shard(name, rank, size, rows) for name in state.tensors}
     target = folder / WEIGHTS if size == 1 else folder / f"mp_rank_{rank:02d}" / WEIGHTS
-    target.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(dict(content), target)
+    if write:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    torch_file.save(content, target, write=write)
 
 
 def save_extras(

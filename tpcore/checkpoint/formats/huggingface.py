@@ -11,20 +11,17 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tpcore.checkpoint import names, qkv
+from tpcore.checkpoint import names
 from tpcore.checkpoint.errors import CheckpointError, shown
-from tpcore.checkpoint.fields import Fields
-from tpcore.checkpoint.huggingface_config import (
+from tpcore.checkpoint.formats import qkv
+from tpcore.checkpoint.formats.huggingface_config import (
     CLASSES,
     TABLES,
     architecture_from_fields,
@@ -36,6 +33,7 @@ from tpcore.checkpoint.huggingface_config import (
     model_type_of,
     read_json,
 )
+from tpcore.checkpoint.safetensors_file import SafetensorsWriter
 from tpcore.checkpoint.state import (
     HEADS,
     CanonicalState,
@@ -48,7 +46,8 @@ from tpcore.checkpoint.state import (
     tokenizer_files,
 )
 from tpcore.checkpoint.stored import Box, FilePiece, StoredTensor, file_pieces, joined, num_bytes
-from tpcore.checkpoint.unpickle import load_pickle
+from tpcore.checkpoint.untrusted.fields import Fields
+from tpcore.checkpoint.untrusted.unpickle import load_pickle
 from tpcore.models.config import BertConfig
 
 CONFIG = "config.json"
@@ -67,6 +66,12 @@ def recognise(path: Path) -> bool:
     """Whether `path` is such a folder, or the weights in one."""
     folder = _folder(path)
     return (folder / CONFIG).is_file() and _weights_file(folder) is not None
+
+
+def lacks_config(path: Path) -> bool:
+    """Whether there are such weights without the file that says what they are."""
+    folder = _folder(path)
+    return _weights_file(folder) is not None and not (folder / CONFIG).is_file()
 
 
 def read(path: Path) -> CanonicalState:
@@ -159,35 +164,61 @@ def check_writable(state: CanonicalState) -> dict[str, str]:
     return inverse
 
 
-def content(state: CanonicalState) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `save` writes: config.json's values, and the tensors by name."""
+def save(state: CanonicalState, folder: Path, *, write: bool = True) -> None:
+    """Write config.json and model.safetensors, one tensor after the other.
+
+    With the state of a model that several ranks hold, all of them call it: reading is collective,
+    so every tensor is read before an error is raised.
+
+    Args:
+        state: the model.
+        folder: where to put the files.
+        write: whether this rank writes; the others only take part in reading.
+
+    Raises:
+        CheckpointError: as `check_writable`.
+        OSError: a file cannot be written.
+    """
     inverse = check_writable(state)
     prefix = "" if state.head is None else "bert."
-    num_heads = state.config.num_attention_heads
 
     def key_of(name: str) -> str:
         key = inverse[name]
         return key if name.startswith("head.") else prefix + key
 
-    tensors: dict[str, Tensor] = {}
-    for name in state.tensors:
-        full = state.full(name, state.config.vocab_size)
+    rows = state.config.vocab_size
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    keys: dict[str, list[str]] = {}
+    for name, stored in state.tensors.items():
+        shape = (rows, *stored.shape[1:]) if name in names.VOCABULARY_PARAMETERS else stored.shape
         match = re.fullmatch(r"(.*\.qkv)\.(weight|bias)", name)
-        if match is None:
-            # Owns its memory: safetensors refuses tensors that share theirs.
-            tensors[key_of(name)] = full.clone(memory_format=torch.contiguous_format)
-            continue
-        parts = qkv.split(full, num_heads)
-        for part, tensor in zip(names.QKV_PARTS, parts, strict=True):
-            tensors[key_of(f"{match.group(1)}.{part}.{match.group(2)}")] = tensor
-    dtype = next(iter(tensors.values())).dtype
-    return config_values(state, dtype), tensors
-
-
-def save(folder: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write config.json and model.safetensors."""
-    save_file(dict(tensors), folder / SAFETENSORS, metadata={"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        keys[name] = (
+            [key_of(name)]
+            if match is None
+            else [key_of(f"{match.group(1)}.{part}.{match.group(2)}") for part in names.QKV_PARTS]
+        )
+        if match is not None:
+            shape = (shape[0] // 3, *shape[1:])
+        layout.update(dict.fromkeys(keys[name], (shape, stored.dtype)))
+    values = config_values(state, next(iter(layout.values()))[1])
+    errors: list[Exception] = []
+    with SafetensorsWriter(folder / SAFETENSORS, layout) as file:
+        for name in state.tensors:
+            full = state.full(name, rows)
+            if not write or errors:
+                continue
+            parts = [full]
+            if len(keys[name]) > 1:
+                parts = list(qkv.split(full, state.config.num_attention_heads))
+            try:
+                for key, part in zip(keys[name], parts, strict=True):
+                    file.add(key, part)
+            except OSError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
+    if write:
+        (folder / CONFIG).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 # --- weights -------------------------------------------------------------------------------------

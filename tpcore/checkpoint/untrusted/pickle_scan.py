@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 from tpcore.checkpoint.errors import CheckpointError
-from tpcore.checkpoint.pickle_values import (
+from tpcore.checkpoint.untrusted.pickle_values import (
     DICT,
     ENCODE,
     NAMES,

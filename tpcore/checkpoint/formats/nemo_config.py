@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tpcore.checkpoint.archive import Archive
 from tpcore.checkpoint.errors import CheckpointError, shown
-from tpcore.checkpoint.fields import Fields
-from tpcore.checkpoint.plain_yaml import parse_yaml
+from tpcore.checkpoint.untrusted.archive import Archive, UnpackedArchive
+from tpcore.checkpoint.untrusted.fields import Fields
+from tpcore.checkpoint.untrusted.plain_yaml import parse_yaml
 
 MODEL_CONFIG = "model_config.yaml"
 VERSION_FILE = "megatron_checkpoint_version.json"
@@ -58,7 +58,7 @@ class NemoContents:
     own_facts: Mapping[str, Any] | None = None
 
 
-def read_contents(archive: Archive) -> NemoContents:
+def read_contents(archive: Archive | UnpackedArchive) -> NemoContents:
     """Everything but the weights.
 
     Raises:
@@ -143,7 +143,7 @@ def _node(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _member(archive: Archive, value: Any) -> str | None:
+def _member(archive: Archive | UnpackedArchive, value: Any) -> str | None:
     """The file that a configuration names: plain, by a `nemo:` link, or with an id before it."""
     if not isinstance(value, str) or not value:
         return None
@@ -156,7 +156,7 @@ def _member(archive: Archive, value: Any) -> str | None:
     return found[0] if found else None
 
 
-def _json(archive: Archive, name: str) -> dict[str, Any]:
+def _json(archive: Archive | UnpackedArchive, name: str) -> dict[str, Any]:
     try:
         values = json.loads(archive.read(name))
     except (ValueError, RecursionError) as error:
@@ -168,7 +168,7 @@ def _json(archive: Archive, name: str) -> dict[str, Any]:
     return values
 
 
-def _lines(archive: Archive, name: str | None) -> tuple[str, ...] | None:
+def _lines(archive: Archive | UnpackedArchive, name: str | None) -> tuple[str, ...] | None:
     if name is None:
         return None
     try:

@@ -26,10 +26,10 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch.serialization import safe_globals
 
-from tpcore.checkpoint.archive import Window
 from tpcore.checkpoint.errors import CheckpointError
-from tpcore.checkpoint.pickle_scan import MAX_BYTES, PickleScan
-from tpcore.checkpoint.zip_directory import MAGIC, Record, read_directory
+from tpcore.checkpoint.untrusted.archive import Window
+from tpcore.checkpoint.untrusted.pickle_scan import MAX_BYTES, PickleScan
+from tpcore.checkpoint.untrusted.zip_directory import MAGIC, Record, read_directory
 
 
 class InertStub:

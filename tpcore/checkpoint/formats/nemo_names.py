@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tpcore.checkpoint.errors import CheckpointError, shown
+from tpcore.checkpoint.formats.nemo_config import args_of, contents_of
 from tpcore.checkpoint.names import MAX_HIDDEN_LAYERS
-from tpcore.checkpoint.nemo_config import args_of, contents_of
-from tpcore.checkpoint.unpickle import InertStub
+from tpcore.checkpoint.untrusted.unpickle import InertStub
 
 _MAX_DEPTH = 16
 

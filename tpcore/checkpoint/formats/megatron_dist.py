@@ -23,12 +23,14 @@ import torch
 from torch import Tensor
 
 from tpcore.checkpoint import names
-from tpcore.checkpoint.dist_metadata import METADATA, Chunk, Entry, read_metadata
 from tpcore.checkpoint.errors import CheckpointError, shown
-from tpcore.checkpoint.fields import Fields
-from tpcore.checkpoint.megatron import describe
-from tpcore.checkpoint.megatron_args import labels_from_args, lowercase_from_args, stated_fields
-from tpcore.checkpoint.megatron_files import TRACKER, tracked_folder
+from tpcore.checkpoint.formats.megatron import describe
+from tpcore.checkpoint.formats.megatron_args import (
+    labels_from_args,
+    lowercase_from_args,
+    stated_fields,
+)
+from tpcore.checkpoint.formats.megatron_files import TRACKER, tracked_folder
 from tpcore.checkpoint.state import CanonicalState, Source, check_complete, tokenizer_files
 from tpcore.checkpoint.stored import (
     Box,
@@ -38,7 +40,9 @@ from tpcore.checkpoint.stored import (
     assembled,
     embedded_piece,
 )
-from tpcore.checkpoint.unpickle import load_embedded, load_pickle
+from tpcore.checkpoint.untrusted.dist_metadata import METADATA, Chunk, Entry, read_metadata
+from tpcore.checkpoint.untrusted.fields import Fields
+from tpcore.checkpoint.untrusted.unpickle import load_embedded, load_pickle
 
 FORMAT = "Megatron-Core (torch_dist)"
 COMMON = "common.pt"

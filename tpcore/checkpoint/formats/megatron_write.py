@@ -7,28 +7,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from tpcore.checkpoint import names
+from tpcore.checkpoint import names, torch_file
 from tpcore.checkpoint.errors import CheckpointError
-from tpcore.checkpoint.megatron_args import args_from_state
-from tpcore.checkpoint.megatron_files import MODEL_FILES, TRACKER, iteration_folder
+from tpcore.checkpoint.formats.megatron_args import args_from_state
+from tpcore.checkpoint.formats.megatron_files import MODEL_FILES, TRACKER, iteration_folder
 from tpcore.checkpoint.state import (
     HEADS,
     CanonicalState,
     check_head,
     check_tensor_parallel_size,
 )
+from tpcore.checkpoint.stored import StoredTensor
 
 
-def save_rank(folder: Path, content: dict[str, Any], state: CanonicalState, rank: int) -> None:
-    """Put one rank's content where Megatron looks for it, and the tracker file beside."""
+def save_rank(
+    state: CanonicalState,
+    folder: Path,
+    size: int,
+    rank: int,
+    *,
+    core: bool = False,
+    write: bool = True,
+) -> None:
+    """Put one rank's file where Megatron looks for it, and the tracker file beside.
+
+    ``write=False`` only takes part in reading, as in `torch_file.save`.
+
+    Raises:
+        CheckpointError: as `check_writable`.
+        OSError: a file cannot be written.
+    """
     name = iteration_folder(state.source.iteration)
     target = folder / name / f"mp_rank_{rank:02d}" / MODEL_FILES[0]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, target)
-    if rank == 0:
+    if write:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    torch_file.save(rank_content(state, size, rank, core=core), target, write=write)
+    if write and rank == 0:
         word = str(state.source.iteration) if name != "release" else name
         (folder / TRACKER).write_text(word)
 
@@ -57,14 +71,14 @@ def check_writable(
 def rank_content(
     state: CanonicalState, size: int, rank: int, *, core: bool = False
 ) -> dict[str, Any]:
-    """What torch.save writes for one rank: args, version, iteration and the model.
+    """What one rank's file holds, tensors described only: args, version, iteration and the model.
 
     Megatron-LM nests the parts of the model, Megatron-Core has one flat dict.
     """
     inverse = check_writable(state, size, core=core)
     rows = state.padded_rows(size)
     flat = {
-        key: state.shard(name, rank, size, rows)
+        key: state.described_shard(name, rank, size, rows)
         for name, key in inverse.items()
         if name in state.tensors
     }
@@ -77,7 +91,7 @@ def rank_content(
     }
 
 
-def _nest(flat: Mapping[str, Tensor]) -> dict[str, Any]:
+def _nest(flat: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """Megatron's nesting: one dict per part, and dotted names inside the encoder and the heads."""
     model: dict[str, Any] = {}
     for key, tensor in flat.items():

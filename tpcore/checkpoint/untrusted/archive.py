@@ -9,20 +9,31 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
 import os
 import tempfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from tpcore.checkpoint.errors import CheckpointError
-from tpcore.checkpoint.tar_members import BLOCK, CHUNK, Member, Source, checksum_fits, opened, scan
+from tpcore.checkpoint.untrusted.tar_members import (
+    BLOCK,
+    CHUNK,
+    Member,
+    Source,
+    checksum_fits,
+    opened,
+    scan,
+)
 
 MAX_SMALL_BYTES = 16 * 2**20
 """Of a member that is read into memory: settings and vocabularies."""
 
 _KEPT_BYTES = 2**20
+_MAX_SMALL_TOTAL = 256 * 2**20
+_MEMBERS, _LISTING = "members", "listing.json"
 
 
 def recognise(path: Path) -> bool:
@@ -38,8 +49,20 @@ def recognise(path: Path) -> bool:
     return len(head) == BLOCK and checksum_fits(head)
 
 
-def unpack(path: Path, folder: Path) -> dict[str, Path]:
-    """Write every member below an existing folder, in one pass; name -> where it is.
+def is_packed(path: Path) -> bool:
+    """Whether an archive is in gzip, so that nothing in it can be read in place.
+
+    Raises:
+        CheckpointError: it cannot be opened.
+    """
+    with opened(path) as source:
+        return source.is_packed
+
+
+def unpack(
+    path: Path, folder: Path, wanted: Callable[[Member], bool] = lambda member: True
+) -> dict[str, Path]:
+    """Write the wanted members below an existing folder, in one pass; name -> where it is.
 
     Raises:
         CheckpointError: as `Archive`; some members may have been written by then.
@@ -47,7 +70,8 @@ def unpack(path: Path, folder: Path) -> dict[str, Path]:
     files: dict[str, Path] = {}
 
     def consume(member: Member, source: Source) -> None:
-        files[member.name] = _write(path, member, source, folder)
+        if wanted(member):
+            files[member.name] = _write(path, member, source, folder)
 
     with opened(path) as source:
         scan(path, source, consume)
@@ -58,8 +82,8 @@ class Archive:
     """The members of a tar archive, listed when it is opened.
 
     A plain archive is read at its headers only. A gzip one is unpacked once to be listed (small
-    members are kept), and once more by each `extract` or `open` of a large member; `unpack` does
-    all in one pass.
+    members are kept), and once more by each `extract` or `open` of a large member; `unpack` and
+    `UnpackedArchive.fill` do all in one pass.
 
     Args:
         path: the archive.
@@ -92,9 +116,7 @@ class Archive:
         """
         member = self._member(name)
         if member.size > limit:
-            raise CheckpointError(
-                f"{self.path}: {name} has {member.size} bytes; at most {limit} are expected"
-            )
+            raise _too_large(self.path, name, member.size, limit)
         if name in self._kept:
             return self._kept[name]
         with self.open(name) as file:
@@ -127,6 +149,15 @@ class Archive:
         file.seek(0)
         return cast(BinaryIO, file)
 
+    def place(self, name: str) -> tuple[Path, int, int]:
+        """The file that a member of a plain archive lies in, where it begins there, its size.
+
+        Raises:
+            CheckpointError: there is none of that name.
+        """
+        member = self._member(name)
+        return self.path, member.offset, member.size
+
     def extract(self, names: Collection[str], folder: Path) -> dict[str, Path]:
         """Write members below an existing folder, under their names; name -> where it is.
 
@@ -150,6 +181,77 @@ class Archive:
         held = sum(map(len, self._kept.values()))
         if member.size <= _KEPT_BYTES and held + member.size <= MAX_SMALL_BYTES:
             self._kept[member.name] = b"".join(source.chunks(member))
+
+
+class UnpackedArchive:
+    """The small members of an archive and those that were asked for, in a folder of files.
+
+    Args:
+        path: the archive.
+        folder: where `fill` was before, maybe by another process.
+    """
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path, self.folder = path, folder / _MEMBERS
+        self.members: dict[str, int] = json.loads((folder / _LISTING).read_text())
+
+    @staticmethod
+    def fill(path: Path, folder: Path, wanted: Callable[[str], bool]) -> None:
+        """Unpack into an empty folder, in one pass: what is small, and what is wanted.
+
+        Raises:
+            CheckpointError: as `Archive`, or there is no room.
+        """
+        sizes: dict[str, int] = {}
+        total = 0
+
+        def take(member: Member) -> bool:
+            nonlocal total
+            sizes[member.name] = member.size
+            if wanted(member.name):
+                return True
+            total += member.size
+            return member.size <= MAX_SMALL_BYTES and total <= _MAX_SMALL_TOTAL
+
+        (folder / _MEMBERS).mkdir()
+        unpack(path, folder / _MEMBERS, take)
+        (folder / _LISTING).write_text(json.dumps(sizes))
+
+    @staticmethod
+    def extract(archive: Archive, names: Collection[str], folder: Path) -> None:
+        """Put some members of a listed archive into an empty folder.
+
+        Raises:
+            CheckpointError: there is no room.
+        """
+        (folder / _MEMBERS).mkdir()
+        archive.extract(names, folder / _MEMBERS)
+        sizes = {name: archive.members[name].size for name in names}
+        (folder / _LISTING).write_text(json.dumps(sizes))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.members
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a small member.
+
+        Raises:
+            CheckpointError: there is none of that name, or it is not small.
+        """
+        file, _, size = self.place(name)
+        if size > MAX_SMALL_BYTES or not file.is_file():
+            raise _too_large(self.path, name, size, MAX_SMALL_BYTES)
+        return file.read_bytes()
+
+    def place(self, name: str) -> tuple[Path, int, int]:
+        """The file of a member, 0, and its size.
+
+        Raises:
+            CheckpointError: there is none of that name.
+        """
+        if name not in self.members:
+            raise CheckpointError(f"{self.path}: there is no member {name!r:.100} in it")
+        return self.folder / name, 0, self.members[name]
 
 
 class Window(io.RawIOBase):
@@ -195,6 +297,10 @@ def _write(path: Path, member: Member, source: Source, folder: Path) -> Path:
     except OSError as error:
         raise _unwritable(path, member, error) from error
     return target
+
+
+def _too_large(path: Path, name: str, size: int, limit: int) -> CheckpointError:
+    return CheckpointError(f"{path}: {name} has {size} bytes; at most {limit} are expected")
 
 
 def _unwritable(path: Path, member: Member, error: OSError) -> CheckpointError:

@@ -12,9 +12,9 @@ import torch
 
 from tpcore.checkpoint import names
 from tpcore.checkpoint.errors import CheckpointError, shown
-from tpcore.checkpoint.fields import Fields
 from tpcore.checkpoint.state import CanonicalState
 from tpcore.checkpoint.stored import StoredTensor
+from tpcore.checkpoint.untrusted.fields import Fields
 from tpcore.models.config import BertConfig
 
 logger = logging.getLogger(__name__)
@@ -146,6 +146,7 @@ def config_from_fields(
             lm_head_gelu=fields.text(_LM_HEAD_GELU) or gelu,  # type: ignore[arg-type]
             post_layernorm=post_layernorm,
             embedding_dropout_after_norm=after_norm,
+            loss_over_padding=False,  # such a file has no padding
             add_pooler=has_pooler,
             init_std=fields.number("initializer_range", 0.02),
         )

@@ -10,11 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from tpcore.checkpoint import names, nemo_names
+from tpcore.checkpoint import names
 from tpcore.checkpoint.errors import CheckpointError, shown
-from tpcore.checkpoint.fields import Fields
-from tpcore.checkpoint.stored import Piece, check_dense, file_pieces, num_bytes
-from tpcore.checkpoint.unpickle import load_pickle
+from tpcore.checkpoint.formats import nemo_names
+from tpcore.checkpoint.stored import Piece, check_dense, embedded_pieces, file_pieces, num_bytes
+from tpcore.checkpoint.untrusted.fields import Fields
+from tpcore.checkpoint.untrusted.unpickle import load_pickle
 
 LEGACY = "Megatron-LM"
 CORE = "Megatron-Core (torch)"
@@ -59,13 +60,16 @@ def read_rank(path: Path) -> RankFile:
     return rank_of(nemo_names.unwrap(load_pickle(path), str(path)), path)
 
 
-def rank_of(content: Any, path: Path, where: str | None = None) -> RankFile:
+def rank_of(
+    content: Any, path: Path, where: str | None = None, part: tuple[int, int] | None = None
+) -> RankFile:
     """The content of a file: a dict with `model`, and what Megatron keeps beside it.
 
     Args:
-        content: as `load_pickle` gives it.
+        content: as `load_pickle` gives it, or `embedded_content` with `part`.
         path: the file that holds the tensors.
         where: what errors call it; None: its path.
+        part: offset and size, if it is a part of another file.
 
     Raises:
         CheckpointError: something in it is not accounted for.
@@ -86,7 +90,7 @@ def rank_of(content: Any, path: Path, where: str | None = None) -> RankFile:
         args = vars(raw_args)
     if args is None:
         raise CheckpointError(f"{where}: args is a {type(raw_args).__name__}, not a namespace")
-    limit = path.stat().st_size
+    limit = path.stat().st_size if part is None else part[1]
     flats = [_flatten(content[key], where, limit) for key in chunk_keys]
     core = any(
         key.removeprefix("module.").startswith(("embedding.", "encoder."))
@@ -107,7 +111,10 @@ def rank_of(content: Any, path: Path, where: str | None = None) -> RankFile:
         for key in (*translated.values(), *(spelled[key] for key in ties if key in spelled)):
             named[f"{number} {key}"] = flat[key]
             check_dense(flat[key], key, where)
-    pieces = file_pieces(named, path, where)
+    if part is None:
+        pieces = file_pieces(named, path, where)
+    else:
+        pieces = embedded_pieces(named, path, *part, where)
     chunks: list[dict[str, Piece]] = []
     tied: dict[str, Piece] = {}
     for number, (spelled, translated) in enumerate(translations):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tpcore.checkpoint.errors import CheckpointError, shown
-from tpcore.checkpoint.pickle_scan import MAX_BYTES, PickleScan
+from tpcore.checkpoint.untrusted.pickle_scan import MAX_BYTES, PickleScan
 
 METADATA = ".metadata"
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from tpcore.checkpoint.errors import CheckpointError, shown
-from tpcore.checkpoint.fields import Fields
 from tpcore.checkpoint.state import HEADS, SIZES, CanonicalState
+from tpcore.checkpoint.untrusted.fields import Fields
 from tpcore.models.config import PRESETS, VOCAB_DIVISOR, BertConfig
 
 # Fields that change the architecture into something this encoder is not, with the values that
@@ -40,6 +40,7 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 # What no argument of Megatron's can say, under names that Megatron ignores.
 _DROPOUT_AFTER_NORM = "tpcore_embedding_dropout_after_norm"
+_LOSS_OVER_PADDING = "tpcore_loss_over_padding"
 _LM_HEAD_GELU = "tpcore_lm_head_gelu"
 _NUM_TOKEN_TYPES = "tpcore_num_token_types"
 _HEAD = "tpcore_head"
@@ -100,6 +101,7 @@ def config_from_args(
         "lm_head_gelu": args.text(_LM_HEAD_GELU) or lm_head_gelu,
         "post_layernorm": args.flag("apply_residual_connection_post_layernorm"),
         "embedding_dropout_after_norm": args.flag(_DROPOUT_AFTER_NORM),
+        "loss_over_padding": args.flag(_LOSS_OVER_PADDING),
         "add_pooler": has_pooler,
         "init_std": args.number("init_method_std", 0.02),
     }
@@ -281,6 +283,8 @@ def args_from_state(
     args[_NUM_TOKEN_TYPES] = config.num_token_types
     if config.embedding_dropout_after_norm:
         args[_DROPOUT_AFTER_NORM] = True
+    if config.loss_over_padding:
+        args[_LOSS_OVER_PADDING] = True
     if _gelu(Fields(args, "written")) != (config.gelu, config.lm_head_gelu):
         # Pairs that no switch of Megatron's makes: the MLP's by switch, the head's by name.
         args.update(

@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tpcore.checkpoint import names, qkv
+from tpcore.checkpoint import names
 from tpcore.checkpoint.errors import CheckpointError
-from tpcore.checkpoint.fields import Fields
-from tpcore.checkpoint.megatron_args import (
+from tpcore.checkpoint.formats import qkv
+from tpcore.checkpoint.formats.megatron_args import (
     config_from_args,
     head_from_args,
     labels_from_args,
     lowercase_from_args,
     stated_fields,
 )
-from tpcore.checkpoint.megatron_files import find_files
-from tpcore.checkpoint.megatron_rank import LEGACY, RankFile, read_rank
+from tpcore.checkpoint.formats.megatron_files import find_files
+from tpcore.checkpoint.formats.megatron_rank import LEGACY, RankFile, read_rank
 from tpcore.checkpoint.state import (
     CanonicalState,
     Source,
@@ -46,6 +46,7 @@ from tpcore.checkpoint.state import (
     tokenizer_files,
 )
 from tpcore.checkpoint.stored import Box, Piece, StoredTensor, joined
+from tpcore.checkpoint.untrusted.fields import Fields
 from tpcore.models.config import BertConfig
 from tpcore.parallel.sharding import Sharded, full_shape
 
@@ -72,6 +73,7 @@ def read(
     stages = [[read_rank(file) for file in row] for row in files]
     first = stages[0][0]
     _check_sizes(files, first.args)
+    _check_ranks(stages)
     root = files[0][0].parent
     folders = (path if path.is_dir() else path.parent, root, root.parent, root.parent.parent)
     source = Source(
@@ -171,10 +173,43 @@ def _check_sizes(files: list[list[Path]], args: Fields) -> None:
     ):
         if claimed is not None and claimed != present:
             there = f"{present} {kind}{'s are' if present > 1 else ' is'} there"
-            raise CheckpointError(
-                f"{files[0][0]}: was written by {claimed} {kind}s, but {there}; rank files "
-                "(mp_rank_XX) are missing, or not the folder that holds them all was given"
+            way_out = (
+                "folders of ranks (mp_rank_XX) of another checkpoint are among them: take them away"
+                if present > claimed
+                else "rank files (mp_rank_XX) are missing, or not the folder that holds them all "
+                "was given"
             )
+            written = f"{claimed} {kind}{'s' if claimed > 1 else ''}"
+            raise CheckpointError(
+                f"{files[0][0]}: was written by {written}, but {there}; {way_out}"
+            )
+
+
+def _check_ranks(stages: Sequence[Sequence[RankFile]]) -> None:
+    """Compare what the files of the ranks say of themselves: they come from one step of one run."""
+    first = stages[0][0]
+    for row in stages:
+        for rank in row:
+            for what, mine, other in (
+                ("checkpoint_version", rank.version_text, first.version_text),
+                ("iteration", rank.iteration, first.iteration),
+            ):
+                if mine != other:
+                    raise CheckpointError(
+                        f"{rank.where}: has {what}={mine}, but {first.where} has {other}; the "
+                        "files come from different checkpoints"
+                    )
+        # Each says which process wrote it; ranks of a group are consecutive processes.
+        named = [rank.args.values.get("rank") for rank in row]
+        writers = [writer for writer in named if isinstance(writer, int)]
+        if len(writers) < len(row):
+            continue
+        for rank, writer, expected in zip(row, writers, sorted(writers), strict=True):
+            if writer != expected and len(set(writers)) == len(writers):
+                raise CheckpointError(
+                    f"{rank.where}: was written by process {writer}, where the file of process "
+                    f"{expected} belongs; files or folders of ranks were swapped, rename them back"
+                )
 
 
 def _layout(first: RankFile, where: str) -> str:
