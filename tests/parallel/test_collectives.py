@@ -281,3 +281,48 @@ def _check_second_derivative(tp, name):
 @pytest.mark.parametrize("name", AUTOGRAD)
 def test_a_second_derivative_is_refused(name):
     run_ranks(_check_second_derivative, 2, name)
+
+
+def _check_wrong_calls_over_gloo(tp):
+    first = tp.rank == 0
+    narrow, wide = torch.ones(4), torch.ones(8)
+    wrong = [
+        (
+            lambda: all_gather(narrow if first else wide, tp),
+            "all_gather of 4 el",
+            "all_gather of 8",
+        ),
+        (lambda: all_reduce(narrow if first else wide, tp), "all_reduce sum of 4", "sum of 8"),
+        (lambda: all_reduce(wide, tp, "sum" if first else "max"), "reduce sum", "reduce max"),
+        (
+            lambda: all_reduce_in_place(wide.clone() if first else wide.double(), tp),
+            "elements of torch.float32",
+            "elements of torch.float64",
+        ),
+        (
+            lambda: reduce_scatter(wide if first else torch.ones(12), tp),
+            "reduce_scatter of 8",
+            "reduce_scatter of 12",
+        ),
+        (lambda: broadcast(wide, tp, tp.rank), "float32 from rank 0", "float32 from rank 1"),
+        (
+            lambda: all_gather(wide, tp) if first else all_reduce(wide, tp),
+            "all_gather of 8",
+            "all_reduce sum of 8",
+        ),
+    ]
+    channel = shared_memory.channel_of(tp)
+    shared_memory._CHANNELS[tp.process_group] = None
+    try:
+        for call, one, other in wrong:
+            with pytest.raises(RuntimeError, match=f"rank 0: .*{one}.*; rank 1: .*{other}"):
+                call()
+            assert all_reduce(narrow, tp).tolist() == [tp.size] * 4  # nothing is lost
+    finally:
+        shared_memory._CHANNELS[tp.process_group] = channel
+
+
+@on_the_cpu
+def test_wrong_calls_over_gloo_raise_on_every_rank():
+    """gloo itself ends one of the processes."""
+    run_ranks(_check_wrong_calls_over_gloo, 2)

@@ -226,6 +226,13 @@ class _FromBuckets(torch.autograd.Function):
         return new(ctx.num_rows, grad.shape[1]).index_copy_(0, inverse, grad), None
 
 
+def fuses_attention(sequences: PackedSequences, qkv: Tensor) -> bool:
+    """Whether attention of these sequences is the fused kernel; of qkv dtype and device count."""
+    is_half = qkv.dtype in (torch.bfloat16, torch.float16)
+    suits = not is_half or sequences.mean_keys <= MAX_FUSED_HALF_KEYS
+    return suits and has_kernel("packed_attention", qkv)
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention of each sequence over itself (arXiv 1706.03762), n/tp heads per rank.
 
@@ -314,7 +321,12 @@ class SelfAttention(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, sequences: PackedSequences, dropout: DropoutContext | None = None
+        self,
+        x: Tensor,
+        sequences: PackedSequences,
+        dropout: DropoutContext | None = None,
+        *,
+        rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """X [t, h] -> (y [t, h] without bias, bias [h] or None).
 
@@ -322,10 +334,13 @@ class SelfAttention(nn.Module):
             x: packed tokens, the same on every rank; sequence-parallel: its share, [t/tp, h].
             sequences: the grouping of all t tokens.
             dropout: seed and row ids of all t tokens; None, or a module in evaluation: no dropout.
+            rows: int64 [r], tokens whose y is wanted: y is [r, h], of dense for these alone. Not
+                together with sequence parallelism.
 
         Raises:
             ValueError: ``sequences`` has another number of tokens than x.
         """
+        assert rows is None or self.num_shares == 1
         t, d, n = sequences.num_tokens, self.head_size, self.num_own_heads
         if x.shape[0] * self.num_shares != t:
             shares = "" if self.num_shares == 1 else f" on each of {self.num_shares} ranks"
@@ -334,9 +349,7 @@ class SelfAttention(nn.Module):
             )
         qkv = self.qkv(x).view(t, n, 3, d)
         dropout = dropout if self.training and self.attention_dropout > 0 else None
-        is_half = qkv.dtype in (torch.bfloat16, torch.float16)
-        suits = not is_half or sequences.mean_keys <= MAX_FUSED_HALF_KEYS
-        if suits and has_kernel("packed_attention", qkv):
+        if fuses_attention(sequences, qkv):
             context = packed_attention(
                 qkv, sequences.cu_seqlens, causal=self.causal, **self._key(dropout)
             )
@@ -344,7 +357,8 @@ class SelfAttention(nn.Module):
             context = checkpoint_activations(self._by_buckets, qkv, sequences, dropout)
         else:
             context = self._by_buckets(qkv, sequences, dropout)
-        return self.dense(context.view(t, n * d))
+        context = context.view(t, n * d)
+        return self.dense(context if rows is None else context.index_select(0, rows))
 
     def _key(self, dropout: DropoutContext | None, index: Tensor | None = None) -> dict[str, Any]:
         """The dropout of the probabilities of all queries, or of those at index."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Literal, TypeAlias
 
@@ -145,7 +146,12 @@ class TransformerBlock(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, sequences: PackedSequences, dropout: DropoutContext | None = None
+        self,
+        x: Tensor,
+        sequences: PackedSequences,
+        dropout: DropoutContext | None = None,
+        *,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """X [t, h] -> y [t, h]; sequence-parallel [t/tp, h].
 
@@ -153,24 +159,40 @@ class TransformerBlock(nn.Module):
             x: packed tokens.
             sequences: the grouping of all t tokens.
             dropout: seed and row ids of all t tokens; None, or a module in evaluation: no dropout.
+            rows: int64 [r], tokens whose y is wanted: y is [r, h], and everything behind the
+                products of attention is computed for these alone.
 
         Raises:
-            ValueError: ``sequences`` has another number of tokens than x.
+            ValueError: ``sequences`` has another number of tokens than x, or ``rows`` come with
+                sequence parallelism.
         """
+        if rows is not None and self.sequence_parallel:
+            raise ValueError(
+                "rows cannot be chosen with sequence_parallel, where no rank has all tokens; "
+                "choose them from the gathered output"
+            )
         if not self.training:
             dropout = None
         if self.activation_checkpointing == "full" and torch.is_grad_enabled():
-            return checkpoint_activations(self._forward, x, sequences, dropout)
-        return self._forward(x, sequences, dropout)
+            return checkpoint_activations(self._forward, x, sequences, dropout, rows)
+        return self._forward(x, sequences, dropout, rows)
 
     def _forward(
-        self, x: Tensor, sequences: PackedSequences, dropout: DropoutContext | None
+        self,
+        x: Tensor,
+        sequences: PackedSequences,
+        dropout: DropoutContext | None,
+        rows: Tensor | None,
     ) -> Tensor:
         normed = self.input_norm(x)
         if self.input_dropout:
             normed = self._add(normed, None, None, self.input_stream, dropout)
-        output, bias = self.attention(normed, sequences, dropout)
+        output, bias = self.attention(normed, sequences, dropout, rows=rows)
         residual = normed if self.post_layernorm else x
+        if rows is not None:
+            residual = residual.index_select(0, rows)
+            if dropout is not None:
+                dropout = replace(dropout, row_ids=dropout.row_ids.index_select(0, rows))
         x = self._add(output, bias, residual, self.attention_stream, dropout)
         normed = self.post_attention_norm(x)
         output, bias = self.mlp(normed)

@@ -92,8 +92,8 @@ class VocabParallelEmbedding(nn.Module):
                 devices reading the ids back would stall the device), or a sequence-parallel t is
                 not a multiple of the group's size.
         """
-        if ids.device.type == "cpu" and ids.numel() and not torch.compiler.is_compiling():
-            self._check_range(ids)
+        if not torch.compiler.is_compiling():
+            self.check_ids(ids)
         if self.tp.size == 1:
             return F.embedding(ids, self.weight)
         local = ids - self.vocab_start
@@ -115,7 +115,14 @@ class VocabParallelEmbedding(nn.Module):
         init(full[: self.num_embeddings])
         full[self.num_embeddings :] = full[self.num_embeddings - 1]
 
-    def _check_range(self, ids: Tensor) -> None:
+    def check_ids(self, ids: Tensor) -> None:
+        """What `forward` checks of ids; a compiled graph of it does not.
+
+        Raises:
+            ValueError: an id lies outside 0 .. num_embeddings - 1, on the CPU.
+        """
+        if ids.device.type != "cpu" or not ids.numel():
+            return
         low, high = (int(value) for value in torch.aminmax(ids))
         if low < 0 or high >= self.num_embeddings:
             bad = low if low < 0 else high

@@ -75,8 +75,8 @@ def linear(
         x: [..., in].
         weight: [out, in].
         bias: [out] or None.
-        accumulate_main_grad: the backward adds the weight gradient to ``weight.main_grad``, made of
-            float32 zeros at the first backward unless the caller has set it: in the matrix product
+        accumulate_main_grad: the backward adds the weight gradient to ``weight.main_grad``, made in
+            float32 at the first backward unless the caller has set it: in the matrix product
             itself where dtypes and device allow it, else by one addition. It is never overwritten;
             whoever steps the weight reads and zeroes it. ``weight.grad`` stays None, so what waits
             for it (DistributedDataParallel, FSDP2) does not see it. torch.compile breaks its graph
@@ -115,21 +115,11 @@ def _linear(
         bias = None if bias is None else bias.to(dtype)
     if tp.size == 1:
         exchange = "none"
-    if parameter is not None:
-        return _linear_with_main_grad(x, weight, bias, tp, exchange, parameter)
-    return _Linear.apply(x, weight, bias, tp, exchange, None)
-
-
-@torch.compiler.disable
-def _linear_with_main_grad(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tp: TensorParallelGroup,
-    exchange: Exchange,
-    parameter: Tensor,
-) -> Tensor:
-    # The compiler does not trace a backward that writes to an attribute of a parameter.
+    if parameter is not None and torch.compiler.is_compiling():
+        # The compiler does not trace a backward that writes to an attribute of a parameter. A
+        # decorator would say the same, and load the compiler, a second, into every process.
+        outside = torch.compiler.disable(_Linear.apply)
+        return outside(x, weight, bias, tp, exchange, parameter)
     return _Linear.apply(x, weight, bias, tp, exchange, parameter)
 
 
@@ -173,7 +163,7 @@ class _Linear(torch.autograd.Function):
             if ctx.parameter is None:
                 grad_weight = grad_rows.t().mm(rows)
             else:
-                _add_product(_main_grad(ctx.parameter), grad_rows.t(), rows)
+                _add_to_main_grad(ctx.parameter, grad_rows.t(), rows)
         if needs_bias:
             grad_bias = grad_rows.sum(0)
         if reduces:
@@ -182,13 +172,20 @@ class _Linear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
-def _main_grad(parameter: Tensor) -> Tensor:
-    main_grad = getattr(parameter, "main_grad", None)
-    if main_grad is None:
-        dtype = torch.promote_types(parameter.dtype, torch.float32)
-        main_grad = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-        parameter.main_grad = main_grad  # type: ignore[attr-defined]
-    return main_grad
+def _add_to_main_grad(parameter: Tensor, a: Tensor, b: Tensor) -> None:
+    """Adds a b to the main_grad of the parameter, which it makes if there is none."""
+    total = getattr(parameter, "main_grad", None)
+    if total is not None:
+        _add_product(total, a, b)
+        return
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    if a.is_cuda and a.dtype != dtype:
+        total = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        _add_product(total, a, b)
+    else:
+        # Not zeros and an addition, which read and write the largest tensors of a step once more.
+        total = a.mm(b).to(dtype)
+    parameter.main_grad = total  # type: ignore[attr-defined]
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -35,6 +35,7 @@ from torch._C._distributed_c10d import _resolve_process_group
 from torch.autograd.function import once_differentiable
 
 from tpcore.parallel import shared_memory
+from tpcore.parallel.agreement import check_same_call
 from tpcore.parallel.group import ParallelGroup, TensorParallelGroup, divide
 
 ReduceOp = Literal["sum", "max"]
@@ -143,7 +144,10 @@ def copy_all_to(tensors: Sequence[Tensor | None], tp: TensorParallelGroup) -> li
     trained = [x for x in tensors if x is not None and x.requires_grad]
     if tp.size == 1 or not trained:
         return list(tensors)
-    copies = iter(_CopyAllTo.apply(tp, *trained))
+    if torch.compiler.is_compiling():  # it does not trace a Function of so many tensors
+        copies = iter([copy_to(x, tp) for x in trained])
+    else:
+        copies = iter(_CopyAllTo.apply(tp, *trained))
     return [x if x is None or not x.requires_grad else next(copies) for x in tensors]
 
 
@@ -288,16 +292,19 @@ class _ReduceScatterToSequence(torch.autograd.Function):
 
 
 def _transport(x: Tensor, group: ParallelGroup, *, reduces: bool = False) -> Any:
-    if x.device.type == "cpu" and (not reduces or x.dtype in shared_memory.REDUCED_DTYPES):
+    # A small message takes microseconds, of which every look-up here is a part.
+    if x.is_cpu and (not reduces or x.dtype in shared_memory.REDUCED_DTYPES):
         if torch.compiler.is_compiling():
             # One rank that says no is enough, so this one need not ask the others.
             return _Functional(group) if group.shared_memory is False else _Traced(group)
         channel = shared_memory.channel_of(group)
         if channel is not None:
             return channel
-    if x.is_cuda and not torch.compiler.is_compiling() and _is_gloo(group):
-        return _Staged(group)
-    return _Functional(group)
+    if torch.compiler.is_compiling():
+        return _Functional(group)
+    if x.is_cuda:
+        return _Staged(group) if _is_gloo(group) else _Functional(group)
+    return _Gloo(group) if x.is_cpu else _Functional(group)
 
 
 def _is_gloo(group: ParallelGroup) -> bool:
@@ -338,6 +345,37 @@ class _Functional:
 
     def broadcast(self, x: Tensor, source: int) -> Tensor:
         return wait(torch.ops._c10d_functional.broadcast(x.contiguous(), source, self._name))
+
+
+class _Gloo(_Functional):
+    """The same for CPU tensors, outside a graph: wrong calls that block anyway are noticed.
+
+    What is started and waited for later is not checked: the check waits for the slowest rank.
+    """
+
+    def __init__(self, group: ParallelGroup) -> None:
+        super().__init__(group)
+        self._group = group
+
+    def all_reduce(self, x: Tensor, op: str) -> Tensor:
+        check_same_call(self._group, op, x)
+        return super().all_reduce(x, op)
+
+    def all_reduce_in_place(self, x: Tensor, op: str) -> None:
+        check_same_call(self._group, op, x)
+        super().all_reduce_in_place(x, op)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        check_same_call(self._group, "all_gather", x)
+        return super().all_gather(x)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        check_same_call(self._group, "reduce_scatter", x)
+        return super().reduce_scatter(x)
+
+    def broadcast(self, x: Tensor, source: int) -> Tensor:
+        check_same_call(self._group, "broadcast", x, source)
+        return super().broadcast(x, source)
 
 
 class _Staged:

@@ -248,10 +248,19 @@ def init_parallel(
     rows = [list(range(start, start + size)) for start in range(0, world_size, size)]
     columns = [list(range(start, world_size, size)) for start in range(size)]
     row, column = own_group(rows, "tensor_parallel"), own_group(columns, "data_parallel")
+    for process_group in (row, column):
+        _wait_until_connected(process_group)
     return (
         TensorParallelGroup.from_process_group(row, shared_memory=shared_memory),
         DataParallelGroup.from_process_group(column, shared_memory=shared_memory),
     )
+
+
+def _wait_until_connected(process_group: dist.ProcessGroup) -> None:
+    # gloo connects the ranks of a group one by one: who destroyed it before all of them were
+    # connected would break it for the rest. NCCL connects at the first collective.
+    if torch.device("cpu") in process_group._device_types:
+        dist.all_reduce(torch.zeros(1, device="cpu"), group=process_group)
 
 
 def destroy_parallel() -> None:

@@ -86,6 +86,10 @@ class Channel:
         self._member = (group.rank, group.size, lock, int(timeout_s * 1000))
         self._ranks = group.ranks
         self._pending: tuple[Tensor, Tensor, int] | None = None
+        # The overloads themselves: to look for them costs as much as a small message.
+        ops = torch.ops.tpcore
+        self._publish, self._complete = ops.shm_publish.default, ops.shm_complete.default
+        self._exchange_at_once = ops.shm_exchange.default
         self._close = weakref.finalize(self, os.close, lock)
 
     def all_reduce(self, x: Tensor, op: Literal["sum", "max"] = "sum") -> Tensor:
@@ -95,7 +99,7 @@ class Channel:
 
     def all_reduce_in_place(self, x: Tensor, op: Literal["sum", "max"] = "sum") -> None:
         """The same, written over x, which must be contiguous."""
-        x = x.detach()
+        x = x.detach() if x.requires_grad else x
         self._exchange(x, x, _REDUCTIONS[op])
 
     def start_all_reduce(self, x: Tensor, op: Literal["sum", "max"] = "sum") -> Tensor:
@@ -147,7 +151,7 @@ class Channel:
 
     def _start(self, x: Tensor, out: Tensor, collective: int) -> Tensor:
         self._finish_pending()
-        self._call(torch.ops.tpcore.shm_publish, x, out, collective)
+        self._call(self._publish, x, out, collective)
         self._pending = x, out, collective
         return out
 
@@ -155,27 +159,34 @@ class Channel:
         if self._pending is not None:
             x, out, collective = self._pending
             self._pending = None
-            self._call(torch.ops.tpcore.shm_complete, x, out, collective)
+            self._call(self._complete, x, out, collective)
 
     def _exchange(self, x: Tensor, out: Tensor, collective: int, source: int = 0) -> Tensor:
-        self._finish_pending()
-        self._call(torch.ops.tpcore.shm_exchange, x, out, collective, source)
+        if self._pending is not None:
+            self._finish_pending()
+        try:
+            self._exchange_at_once(x, out, self._segment, collective, source, *self._member)
+        except RuntimeError as error:
+            raise self._explained(error) from None
         return out
 
-    def _call(self, op: Any, x: Tensor, out: Tensor, collective: int, source: int = 0) -> None:
+    def _call(self, op: Any, x: Tensor, out: Tensor, collective: int) -> None:
         try:
-            op(x, out, self._segment, collective, source, *self._member)
+            op(x, out, self._segment, collective, 0, *self._member)
         except RuntimeError as error:
-            # Without the place in the source that the check writes before it.
-            message = re.sub(r"^\w+, \S+:\d+, ", "", str(error).splitlines()[0])
-            raise RuntimeError(
-                f"shared-memory collective: {message} (this is rank {self._member[0]}; the global "
-                f"ranks of the group are {list(self._ranks)})"
-            ) from None
+            raise self._explained(error) from None
+
+    def _explained(self, error: RuntimeError) -> RuntimeError:
+        # Without the place in the source that the check writes before it.
+        message = re.sub(r"^\w+, \S+:\d+, ", "", str(error).splitlines()[0])
+        return RuntimeError(
+            f"shared-memory collective: {message} (this is rank {self._member[0]}; the global "
+            f"ranks of the group are {list(self._ranks)})"
+        )
 
 
 def _plain(x: Tensor) -> Tensor:
-    return x.detach().contiguous()
+    return (x.detach() if x.requires_grad else x).contiguous()
 
 
 def open_channel(group: ParallelGroup, half_bytes: int | None = None) -> Channel:
