@@ -66,6 +66,40 @@ def test_packed_entry_gives_the_same_tokens():
     torch.testing.assert_close(packed, whole, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("checkpointing", [None, "full"])
+@pytest.mark.parametrize("post_layernorm", [False, True])
+def test_classification_without_hidden_states_is_the_same(post_layernorm, checkpointing):
+    config = TINY.replace(hidden_dropout=0.3, attention_dropout=0.3, post_layernorm=post_layernorm)
+    torch.manual_seed(3)
+    head = build_head("sequence_classification", config, tp=SINGLE, num_labels=3)
+    model = BertModel(config, head=head, activation_checkpointing=checkpointing).train()
+    packed = pack_sequences([IDS[i, :n].tolist() for i, n in enumerate(MASK.sum(1).tolist())])
+    labels = torch.tensor([0, 2, 1])
+    outputs, gradients = [], []
+    for hidden_states in (True, False):
+        model.zero_grad()
+        outputs.append(model.forward_packed(packed, labels, 7, hidden_states=hidden_states))
+        outputs[-1].loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    whole, few = outputs
+    assert whole.last_hidden_state.shape == (23, 32)
+    assert few.last_hidden_state.shape == (3, 32)
+    close = {"rtol": 1e-5, "atol": 2e-6}
+    torch.testing.assert_close(
+        few.last_hidden_state, whole.last_hidden_state[packed.first_tokens], **close
+    )
+    torch.testing.assert_close(few.logits, whole.logits, **close)
+    for mine, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, **close)
+
+
+def test_a_head_that_reads_all_tokens_gets_them():
+    model = _model(TINY, "token_classification", num_labels=3).eval()
+    packed = pack_sequences([IDS[0].tolist()])
+    output = model.forward_packed(packed, hidden_states=False)
+    assert output.logits.shape == (11, 3)
+
+
 def test_dropout_follows_the_seed_and_the_sample_names():
     config = TINY.replace(hidden_dropout=0.3, attention_dropout=0.3)
     model = _model(config, "sequence_classification", num_labels=3).train()

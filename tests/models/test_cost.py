@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,7 +14,7 @@ from tests.helpers.ranks import run_ranks
 from tpcore._native import status
 from tpcore.models import cost
 from tpcore.models.bert import BertModel
-from tpcore.models.config import BertConfig
+from tpcore.models.config import PRESETS, BertConfig
 from tpcore.models.cost import Device, Layout
 from tpcore.models.packing import pack_sequences
 
@@ -76,6 +79,34 @@ def test_activation_bytes(size, checkpointing, precision):
         )
         kept = run_ranks(_layer_bytes, size, precision, sequence_parallel, checkpointing)
         assert kept == [cost.activation_bytes(CONFIG, layout)] * size
+
+
+def test_the_documented_table():
+    """docs/plan.md: KiB a token and layer, the paper's from its formulas and ours as counted."""
+    config = PRESETS["megatron-bert-345m-uncased"]
+    h, n = config.hidden_size, config.num_attention_heads
+    page = (Path(__file__).parents[2] / "docs/plan.md").read_text()
+    rows = re.findall(r"^\| (128|512) \| (\d) \| (no|yes) \| (.*) \|$", page, re.MULTILINE)
+    assert len(rows) == 10
+    for row in rows:
+        s, tp, sequence_parallel = int(row[0]), int(row[1]), row[2] == "yes"
+
+        def ours(precision, checkpointing, tp=tp, s=s, sequence_parallel=sequence_parallel):
+            layout = Layout(
+                tokens=4096,
+                mean_keys=s,
+                tensor_parallel_size=tp,
+                sequence_parallel=sequence_parallel,
+                activation_checkpointing=checkpointing,
+                precision=precision,
+            )
+            return cost.activation_bytes(config, layout) / 4096
+
+        # arXiv 2205.05198, equations 2 and 4, table 2.
+        whole, split = (0, 34) if sequence_parallel else (10, 24)
+        counts = [whole * h + (split * h + 5 * n * s) / tp, whole * h + split * h / tp]
+        counts += [ours(p, c) for p in ("bf16", "32") for c in (None, "full")]
+        assert row[3].split(" | ") == [f"{count / 1024:.1f}" for count in counts]
 
 
 def _count_parameters(tp, config):

@@ -191,9 +191,9 @@ def test_what_is_computed_twice(monkeypatch, checkpointing, expected):
     def count(cls, method, name):
         original = getattr(cls, method)
 
-        def counted(*args):
+        def counted(*args, **kwargs):
             counts[name] += 1
-            return original(*args)
+            return original(*args, **kwargs)
 
         monkeypatch.setattr(cls, method, counted)
 

@@ -14,8 +14,9 @@ from tpcore.kernels import bias_dropout_residual
 from tpcore.layers.block import ActivationCheckpointing, TransformerBlock
 from tpcore.layers.embedding import VocabParallelEmbedding
 from tpcore.layers.norm import LayerNorm
+from tpcore.models import compiled
 from tpcore.models.config import BertConfig, padded_vocab_size_for
-from tpcore.models.heads import Head
+from tpcore.models.heads import Head, SequenceClassificationHead
 from tpcore.models.output import BertOutput
 from tpcore.models.packing import PackedBatch, pack, unpack
 from tpcore.parallel.collectives import copy_all_to, gather_from, own_slice
@@ -104,6 +105,21 @@ class BertModel(nn.Module):
         )
         self.pooler = Pooler(config, device=device, dtype=dtype) if config.add_pooler else None
         self.head = head
+        self.is_compiled = False
+
+    def compile_encoder(self) -> None:
+        """From now on run embeddings, blocks and final norm as one graph of torch.compile.
+
+        Results, dropout included, are those of before. Batches whose attention no fused kernel
+        serves (`tpcore.models.compiled`) still run without a graph.
+
+        Raises:
+            ValueError: the model has an option that cannot be in a graph.
+        """
+        reason = compiled.refusal(self)
+        if reason:
+            raise ValueError(f"the encoder cannot be compiled with {reason}")
+        self.is_compiled = True
 
     def forward(
         self,
@@ -133,31 +149,71 @@ class BertModel(nn.Module):
         return _unpack_output(output, packed, self.head)
 
     def forward_packed(
-        self, packed: PackedBatch, labels: Any = None, seed: Tensor | int | None = None
+        self,
+        packed: PackedBatch,
+        labels: Any = None,
+        seed: Tensor | int | None = None,
+        *,
+        hidden_states: bool = True,
     ) -> BertOutput:
         """Encode packed tokens; per-token results, and labels, stay packed, `[t, ...]`.
 
         A dummy sequence at the end of the batch is no part of them.
+
+        Args:
+            packed: the batch.
+            labels: what the head asks for; None: no loss.
+            seed: as in `forward`.
+            hidden_states: False: only what the head computes is wanted. Where that depends on the
+                first tokens alone (a sequence classification head with a pooler), the last block
+                computes no others behind its attention, and `last_hidden_state` is theirs, [b, h].
         """
         if labels is not None and self.head is None:
             raise ValueError("labels were given, but this model has no head; build it with one")
         if self.sequence_parallel:
             packed = packed.padded_to(self.tp.size)
+        self.embeddings.check_lengths(packed)
+        rows = None if hidden_states or not self.reads_first_tokens else packed.first_tokens
+        as_graph = self.is_compiled and compiled.takes(self, packed)
+        if as_graph:
+            packed = compiled.with_symbolic_sizes(packed)
         dropout = self._dropout_context(packed, seed)
-        x = self.embeddings(packed, dropout)
-        for block in self.blocks:
-            x = block(x, packed.sequences, dropout)
-        x = self.final_norm(x)
+        if as_graph:
+            x = compiled.encode(self, packed, dropout, rows)
+        else:
+            x = self.encode(packed, dropout, rows)
         if self.sequence_parallel:
             x = gather_from(x, self.tp, dim=0)
         if packed.num_padding:
-            x = x[: packed.num_real_tokens]
+            x = x if rows is not None else x[: packed.num_real_tokens]
             packed = packed.without_padding()
-        pooled = None if self.pooler is None else self.pooler(x[packed.first_tokens])
+        pooled = None
+        if self.pooler is not None:
+            pooled = self.pooler(x if rows is not None else x[packed.first_tokens])
         output = BertOutput(last_hidden_state=x, pooler_output=pooled)
         if self.head is None:
             return output
         return self.head(output, packed, labels, dropout, self.embeddings.word_embeddings)
+
+    def encode(
+        self, packed: PackedBatch, dropout: DropoutContext | None, rows: Tensor | None = None
+    ) -> Tensor:
+        """The normed output of the last block, [t, h]; sequence-parallel [t/tp, h].
+
+        With `rows`, int64 [r], it is that of these tokens, [r, h].
+        All tensors, no check of them: this is what `compile_encoder` makes a graph of.
+        """
+        x = self.embeddings(packed, dropout)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            x = block(x, packed.sequences, dropout, rows=rows if i == last else None)
+        return self.final_norm(x)
+
+    @property
+    def reads_first_tokens(self) -> bool:
+        """Whether the head reads no other tokens, and the last block can do without them."""
+        first_only = isinstance(self.head, SequenceClassificationHead) and self.head.pooler
+        return bool(first_only) and not self.sequence_parallel
 
     def sharding_table(self) -> dict[str, Sharding]:
         """How each parameter is split over the tensor-parallel ranks, by name."""
@@ -214,7 +270,12 @@ class Embeddings(nn.Module):
             else None
         )
 
-    def forward(self, packed: PackedBatch, dropout: DropoutContext | None) -> Tensor:
+    def check_lengths(self, packed: PackedBatch) -> None:
+        """That there is a position for every token.
+
+        Raises:
+            ValueError: a sequence is too long.
+        """
         positions = self.position_embeddings.num_embeddings
         lengths = packed.sequences.lengths
         longest = max(lengths[:-1] if packed.num_padding else lengths)
@@ -223,6 +284,8 @@ class Embeddings(nn.Module):
                 f"a sequence of {longest} tokens exceeds max_position_embeddings={positions}; "
                 "truncate it or split it into windows"
             )
+
+    def forward(self, packed: PackedBatch, dropout: DropoutContext | None) -> Tensor:
         x = self.word_embeddings(packed.input_ids)
         position_ids, type_ids = packed.position_ids, packed.token_type_ids
         row_ids = packed.row_ids

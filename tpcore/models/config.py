@@ -58,6 +58,8 @@ class BertConfig:
     """The embedding dropout follows the first norm (original BERT) instead of preceding it."""
     padded_vocab_size: int | None = None
     """Rows that the embedding table has; None: `padded_vocab_size_for(vocab_size, tp.size)`."""
+    loss_over_padding: bool = False
+    """Whether the masked-LM loss has the padded columns in its softmax, as Megatron's own has."""
     add_pooler: bool = True
     """Whether there is a dense + tanh on the first token of each sequence."""
     init_std: float = 0.02
@@ -86,7 +88,7 @@ class BertConfig:
             raise ValueError(f"layernorm_eps={self.layernorm_eps!r} is not positive")
         if not (_is_number(self.init_std) and 0 <= self.init_std < math.inf):
             raise ValueError(f"init_std={self.init_std!r} is not zero or a positive number")
-        for name in ("post_layernorm", "embedding_dropout_after_norm", "add_pooler"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} is neither true nor false")
         if self.hidden_size % self.num_attention_heads:
@@ -139,6 +141,12 @@ class BertConfig:
         return cls(**values)
 
 
+_SWITCHES = (
+    "post_layernorm",
+    "embedding_dropout_after_norm",
+    "loss_over_padding",
+    "add_pooler",
+)
 _SIZES = (
     "vocab_size",
     "hidden_size",

@@ -84,6 +84,8 @@ class Layout:
             weights with fp32 main weights and gradients in the optimizer.
         predicted_tokens: tokens of a replica that go through the vocabulary (masked-LM), 0 for a
             downstream task.
+        last_block_tokens: tokens of a replica that the last block computes behind its attention,
+            where a head reads no others; None: all.
     """
 
     tokens: int
@@ -94,6 +96,7 @@ class Layout:
     activation_checkpointing: Checkpointing = None
     precision: Precision = "bf16-mixed"
     predicted_tokens: int = 0
+    last_block_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("tokens", "mean_keys", "tensor_parallel_size", "data_parallel_size"):
@@ -214,10 +217,12 @@ def step_flops(config: BertConfig, layout: Layout) -> float:
         layout.tokens,
         layout.tensor_parallel_size,
     )
-    linear = 2.0 * t * (4 * h * h + 2 * h * f) / tp
-    attention = 4.0 * t * layout.mean_keys * h / tp
+    behind = 2.0 * (h * h + 2 * h * f) / tp  # of a token: the products behind attention
+    last = t if layout.last_block_tokens is None else layout.last_block_tokens
+    linear = config.num_layers * t * (2.0 * 3 * h * h / tp + behind) - (t - last) * behind
+    attention = config.num_layers * 4.0 * t * layout.mean_keys * h / tp
     again = linear + attention if layout.activation_checkpointing == "full" else 0.0
-    layers = config.num_layers * (3 * linear + 3.5 * attention + again)
+    layers = 3 * linear + 3.5 * attention + again
     vocabulary = padded_vocab_size_for(config.vocab_size, tp)
     return layers + 6.0 * layout.predicted_tokens * h * (vocabulary / tp + h)
 

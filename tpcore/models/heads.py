@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,12 +41,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 MAX_HEAD_LAYERS = 5
 
 
+@dataclass(frozen=True)
+class MaskedTokens:
+    """Labels of a pretraining head that name the predicted tokens; nothing else is computed."""
+
+    index: Tensor
+    """int64 [m]: places among the packed tokens."""
+    targets: Tensor | None = None
+    """int64 [m]; None: no loss."""
+
+
 class PreTrainingHead(nn.Module):
     """Masked-LM and, optionally, sentence-relation logits.
 
     `prediction_logits = LN(gelu(x W^T + b)) E^T + bias` with the word embeddings E [v/tp, h] as
     decoder; `seq_relationship_logits = pooled W^T + b`. Labels: int [b, s] with -100 where there
     is none, or a pair of those and int [b] sentence labels; the loss is the sum of both means.
+
+    With `MaskedTokens` as packed labels the vocabulary is computed for those tokens alone:
+    `token_losses` fp32 [m], and outside of training `prediction_logits` [m, padded vocabulary].
     """
 
     labels_are_per_token = True
@@ -72,6 +86,8 @@ class PreTrainingHead(nn.Module):
         dropout: DropoutContext | None,
         word_embeddings: VocabParallelEmbedding,
     ) -> BertOutput:
+        if isinstance(labels, MaskedTokens):
+            return self._masked(output, labels, word_embeddings)
         token_labels, sentence_labels = labels if isinstance(labels, tuple) else (labels, None)
         shard_logits = self.lm(output.last_hidden_state, word_embeddings)
         sentence_logits = None
@@ -92,6 +108,22 @@ class PreTrainingHead(nn.Module):
             seq_relationship_logits=sentence_logits,
         )
 
+    def _masked(
+        self, output: BertOutput, labels: MaskedTokens, word_embeddings: VocabParallelEmbedding
+    ) -> BertOutput:
+        shard_logits = self.lm(output.last_hidden_state[labels.index], word_embeddings)
+        losses = sentence_logits = None
+        if labels.targets is not None:
+            losses = self.lm.losses(shard_logits, labels.targets)
+        if self.binary is not None:
+            sentence_logits = self.binary(_pooled(output, "pretraining"))
+        return dataclasses.replace(
+            output,
+            token_losses=losses,
+            prediction_logits=None if self.training else gather_from(shard_logits, self.lm.tp),
+            seq_relationship_logits=sentence_logits,
+        )
+
 
 class _MaskedLMHead(nn.Module):
     def __init__(
@@ -106,6 +138,7 @@ class _MaskedLMHead(nn.Module):
         padded = config.padded_vocab_size or padded_vocab_size_for(config.vocab_size, tp.size)
         self.tp = tp
         self.num_classes = config.vocab_size
+        self.loss_classes = None if config.loss_over_padding else config.vocab_size
         self.gelu = config.masked_lm_gelu
         self.dense = _linear(config, config.hidden_size, device, dtype)
         self.norm = LayerNorm(config.hidden_size, config.layernorm_eps, device=device, dtype=dtype)
@@ -124,14 +157,18 @@ class _MaskedLMHead(nn.Module):
         x = self.norm(bias_gelu(x, self.dense.bias, self.gelu))
         return F.linear(copy_to(x, self.tp), word_embeddings.weight, self.bias)
 
-    def loss(self, shard_logits: Tensor, labels: Tensor) -> Tensor:
-        losses = vocab_parallel_cross_entropy(
+    def losses(self, shard_logits: Tensor, labels: Tensor) -> Tensor:
+        """Of each token, fp32; 0 where there is no label."""
+        return vocab_parallel_cross_entropy(
             shard_logits,
             labels,
             tp=self.tp,
-            num_classes=self.num_classes,
+            num_classes=self.loss_classes,
             ignore_index=IGNORE_INDEX,
         )
+
+    def loss(self, shard_logits: Tensor, labels: Tensor) -> Tensor:
+        losses = self.losses(shard_logits, labels)
         return losses.sum() / (labels != IGNORE_INDEX).sum().clamp(min=1)
 
 

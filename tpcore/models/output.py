@@ -20,6 +20,7 @@ class BertOutput:
     loss: Tensor | None = None  # scalar, fp32
     logits: Tensor | None = None  # [b, num_labels], or [b, s, num_labels] for token heads
     prediction_logits: Tensor | None = None  # [b, s, padded vocabulary]
+    token_losses: Tensor | None = None  # fp32 [m], of `heads.MaskedTokens` with targets
     seq_relationship_logits: Tensor | None = None  # [b, 2]
     start_logits: Tensor | None = None  # [b, s], -inf at padding
     end_logits: Tensor | None = None  # [b, s], -inf at padding
