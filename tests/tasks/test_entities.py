@@ -59,12 +59,17 @@ def test_labels_and_entities_are_the_same_thing(sentence, scheme):
     ],
 )
 def test_schemes_are_recognised(labels, scheme):
-    assert find_scheme([("here", labels.split())], "O") == scheme
+    assert find_scheme([(str, labels.split())], "O") == scheme
 
 
 def test_marks_on_some_labels_only():
-    with pytest.raises(DataError, match=r"f:2: label 'L-A' begins with none of .*scheme=IO"):
-        find_scheme([("f:1", ["B-A", "I-A"]), ("f:2", ["L-A", "O"])], "O")
+    def places(word: int) -> str:
+        return f"f:{2 + word}"
+
+    with pytest.raises(DataError, match=r"f:3: label 'L-A' begins with none of .*scheme=IO"):
+        find_scheme([(str, ["B-A", "I-A"]), (places, ["O", "L-A"])], "O")
+    with pytest.raises(DataError, match=r"f:2: label 'B-' names no type; write one"):
+        find_scheme([(str, ["B-A", "I-A"]), (places, ["B-", "O"])], "O")
 
 
 def test_scheme_without_marks():

@@ -128,13 +128,13 @@ def test_the_command_of_the_nemo_page(tmp_path, capsys):
         "model.dataset.version_2_with_negative=true",
         "model.dataset.max_seq_length=32",
         "model.dataset.max_query_length=8",
-        "model.dataset.use_cache=true",
+        "model.dataset.num_workers=2",
         "trainer.max_steps=1",
         f"exp_manager.exp_dir={tmp_path / 'runs'}",
     ]
     assert main([*arguments, *tiny_sizes]) == 0
     captured = capsys.readouterr()
-    assert "tpcore: note: model.dataset.use_cache=True (command line) changes" in captured.err
+    assert "tpcore: note: model.dataset.num_workers=2 (command line) changes" in captured.err
     assert "val_exact_match" in captured.out
     arguments[3] = f"model.validation_ds={tmp_path / 'validation.json'}"
     assert main([*arguments, *tiny_sizes]) == 2

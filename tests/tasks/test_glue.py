@@ -227,6 +227,12 @@ def test_columns_of_pairs_by_number(write):
         ('{"text": "one", "label": "x"}\n{"text": "two"}\n', "d.jsonl", r"d.jsonl:2: no label"),
         ('{"text": "one", "label": "x"}\n[]\n', "d.jsonl", r"d.jsonl:2: a JSON array"),
         ('{"text": "o\\u0000", "label": "x"}\n', "d.jsonl", r"d.jsonl:1: text holds a NUL"),
+        ('{"text": null, "label": "x"}\n', "d.jsonl", r"d.jsonl:1: the text is JSON's null"),
+        (
+            '{"text": "one", "label": "x"}\n{"text": "two", "label": ["x"]}\n',
+            "d.jsonl",
+            r"d.jsonl:2: the label is JSON's array; expected a string or a number",
+        ),
         ("label\tsentence1\tsentence2\nx\tone\t \n", "d.tsv", r"d.tsv:2: the second text is empty"),
     ],
 )

@@ -8,14 +8,11 @@ from __future__ import annotations
 import json
 import math
 import random
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tpcore.models.bert import BertModel
 from tpcore.models.config import BertConfig
@@ -23,7 +20,7 @@ from tpcore.models.heads import build_head
 from tpcore.models.output import BertOutput
 from tpcore.parallel.group import TensorParallelGroup
 from tpcore.tasks import DataError, QuestionAnswering
-from tpcore.tasks.squad_metrics import best_over_references, best_threshold, score_answers
+from tpcore.tasks.squad_files import line_of
 from tpcore.tokenizer import SPECIAL_TOKENS, WordPieceTokenizer
 from tpcore.train.config import config_class
 from tpcore.train.read_config import load_config
@@ -86,20 +83,19 @@ def test_json_lines(write):
     }
     two = {**one, "id": "b", "answers": [{"text": "York", "answer_start": 19}]}
     path = write(f"{json.dumps(one)}\n\n{json.dumps(two)}\n", "data.jsonl")
-    assert [(q.id, q.answers[0].text) for q in _task().load(path).records] == [
-        ("1", "New"),
-        ("b", "York"),
-    ]
+    data = _task().load(path)
+    assert [(q.id, q.answers[0].text) for q in data.records] == [("1", "New"), ("b", "York")]
+    assert f"{path}: 1 blank line(s) left out" in data.notes
 
 
 BAD_FILES = {
     "empty": ("", r"is empty"),
     "not json": ('{\n"data": [}', r"data.json:2: not JSON: .* at character 10"),
-    "array": ([], r"data.json: a JSON array"),
-    "no data": ({"version": "1.1"}, r"data.json: no data; the object has version"),
-    "data": ({"data": {}}, r"data.json: data is a object"),
+    "array": ([], r"data.json:1: a JSON array"),
+    "no data": ({"version": "1.1"}, r"data.json:1: no data; the object has version"),
+    "data": ({"data": {}}, r"data.json:1: data is a object"),
     "no questions": ({"data": []}, r"holds no questions"),
-    "no paragraphs": ({"data": [{"title": "x"}]}, r"data.json: data\[0\]: no paragraphs; .*title"),
+    "no paragraphs": ({"data": [{"title": "x"}]}, r"data.json:1: data\[0\]: no paragraphs;"),
     "no context": (
         {"data": [{"paragraphs": [{"qas": [_qa()]}]}]},
         r"data\[0\].paragraphs\[0\].qas\[0\]: no context",
@@ -111,7 +107,14 @@ BAD_FILES = {
     "no answers": (_squad({"id": "q", "question": "who"}), r"qas\[0\]: no answers; .*predict"),
     "impossible": (_squad(_qa(is_impossible="no")), r"is_impossible is a string"),
     "contradiction": (_squad(_qa(answers=[], is_impossible=False)), r"answers is empty, and"),
+    "other contradiction": (_squad(_qa(is_impossible=True)), r"answers is not empty, and"),
+    "key twice": ('{"data": [], "data": [1]}', r"data.json:1: .* has the key 'data' twice"),
+    "long number": ('{"data": ' + "1" * 5000, r"data.json:1: a number of 5000 digits"),
     "no start": (_squad(_qa(answers=[{"text": "New"}])), r"answer_start is a null"),
+    "half a start": (
+        _squad(_qa(answers=[{"text": "New", "answer_start": 1.5}])),
+        r"answer_start is 1.5; expected a whole number",
+    ),
     "empty answer": (_squad(_qa(text="")), r"an answer is empty"),
     "shifted": (_squad(_qa(start=14)), r"'New York' is not at character 14 .*; it stands at 15"),
     "outside": (_squad(_qa(start=400)), r"'New York' is not at character 400"),
@@ -131,6 +134,21 @@ def test_bad_files(write, content, message):
     with pytest.raises(DataError, match=message) as caught:
         _task(version_2_with_negative=True).load(write(content))
     assert "\n" not in str(caught.value)
+
+
+def test_errors_have_the_line_of_the_value(write):
+    good, bad = _qa(), _qa("r", start=14)
+    content = _squad(good)
+    content["data"].insert(0, {"title": "y {[,", "paragraphs": []})
+    content["data"][1]["paragraphs"].append({"context": CONTEXT, "qas": [_qa("s"), bad]})
+    for indent in (1, None):
+        text = json.dumps(content, indent=indent)
+        before = text[: text.index('"id": "r"')]
+        line = before[: before.rindex("{")].count("\n") + 1
+        place = rf"data.json:{line}: data\[1\].paragraphs\[1\].qas\[1\]: the answer 'New York'"
+        with pytest.raises(DataError, match=place):
+            _task().load(write(text))
+    assert line_of('\n{"a": [\n1,\n{"b": [2\n]}]}', "a[1].b[0] is") == 4
 
 
 def test_bom_and_line_ends_do_no_harm(write):
@@ -366,120 +384,6 @@ def test_prediction_files(write, tmp_path):
         assert json.loads((tmp_path / odds).read_text())["q"] == predictions[0]["null_score_diff"]
     lines = (tmp_path / "all.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == predictions
-
-
-# --- SQuAD's scores, written down once more ------------------------------------------------------
-
-
-def _tokens(text: str) -> list[str]:
-    kept = "".join(c for c in text.lower() if c not in r"""!"#$%&'()*+,-./:;<=>?@[\]^_`{|}~""")
-    return re.sub(r"\b(?:the|an|a)\b", " ", kept).split()
-
-
-def _official(references: list[str], answer: str) -> tuple[float, float]:
-    golds = [r for r in references if _tokens(r)] or [""]
-    exact = f1 = 0.0
-    for gold in golds:
-        true, given = _tokens(gold), _tokens(answer)
-        exact = max(exact, float(true == given))
-        same = sum(min(true.count(word), given.count(word)) for word in set(true))
-        if not true or not given:
-            f1 = max(f1, float(true == given))
-        elif same:
-            f1 = max(f1, 2 * same / (len(true) + len(given)))
-    return exact, f1
-
-
-TEXTS = st.text(st.sampled_from("ab the.An,'-\u2019\u00e9 "), max_size=12)
-
-
-@given(st.lists(TEXTS, max_size=4), TEXTS)
-def test_exact_match_and_f1(references, answer):
-    assert best_over_references(references, answer) == pytest.approx(_official(references, answer))
-
-
-def test_exact_match_and_f1_by_hand():
-    assert best_over_references(["The New-York"], "newyork") == (1.0, 1.0)
-    assert best_over_references(["a b c", "b c d"], "c d") == (0.0, pytest.approx(0.8))
-    assert best_over_references(["b b c"], "b") == (0.0, 0.5)
-    assert best_over_references([], "") == (1.0, 1.0)
-    assert best_over_references([], "x") == (0.0, 0.0)
-    assert best_over_references(["the"], "") == (1.0, 1.0)
-
-
-@settings(max_examples=200)
-@given(
-    st.lists(st.tuples(st.booleans(), st.floats(0, 1), st.integers(-3, 3)), min_size=1, max_size=12)
-)
-def test_threshold_is_the_best_of_all(rows):
-    """By trying each threshold, ties among the questions included."""
-    answerable = [has for has, _, _ in rows]
-    scores = [score if has else 0.0 for has, score, _ in rows]
-    odds = [float(odd) for _, _, odd in rows]
-
-    def mean(threshold):
-        values = [
-            (score if odd <= threshold else float(not has))
-            for has, score, odd in zip(answerable, scores, odds, strict=True)
-        ]
-        return 100 * sum(values) / len(values)
-
-    best, threshold = best_threshold(scores, odds, answerable)
-    tries = [min(odds) - 1, *sorted(set(odds))]
-    assert best == pytest.approx(max(map(mean, tries)))
-    assert mean(threshold) == pytest.approx(best)
-
-
-def test_scores_of_real_predictions():
-    """Answers near the truth for the shipped part of SQuAD v2.0, scored both ways."""
-    task = QuestionAnswering(TOKENIZER, version_2_with_negative=True)
-    records = task.load(SQUAD).records
-    draw = random.Random(0)
-    references, answers, non_empty, odds = [], [], [], []
-    for question in records:
-        texts = [answer.text for answer in question.answers]
-        words = (draw.choice(texts) if texts else question.context[:60]).split()
-        cut = draw.randint(0, len(words) - 1)
-        given = " ".join(words[cut:]) if draw.random() < 0.5 else " ".join(words)
-        references.append(texts)
-        non_empty.append(given)
-        odds.append(draw.gauss(0.0 if texts else 1.0, 1.0))
-        answers.append("" if odds[-1] > 0.3 else given)
-    found = score_answers(references, answers, non_empty, odds).to_metrics()
-    pairs = [_official(r, a) for r, a in zip(references, answers, strict=True)]
-    for part, wanted in (("", None), ("HasAns_", True), ("NoAns_", False)):
-        rows = [p for p, r in zip(pairs, references, strict=True) if wanted in (None, bool(r))]
-        for name, column in (("exact", 0), ("f1", 1)):
-            key = "exact_match" if (part, name) == ("", "exact") else f"{part}{name}"
-            mean = 100 * sum(row[column] for row in rows) / len(rows)
-            assert found[key] == pytest.approx(mean), key
-            assert 5 < mean < 99
-    assert (found["HasAns_total"], found["NoAns_total"]) == (202, 175)
-    # SQuAD's search walks the questions in order of their odds and keeps the best running sum.
-    for name, column in (("exact", 0), ("f1", 1)):
-        running = best = sum(not r for r in references)
-        at = None
-        for index in sorted(range(len(odds)), key=odds.__getitem__):
-            score = _official(references[index], non_empty[index])[column]
-            running += score if references[index] else -1
-            if running > best:
-                best, at = running, odds[index]
-        assert found[f"best_{name}"] == pytest.approx(100 * best / len(odds))
-        assert found[f"best_{name}_thresh"] == at
-        assert found[f"best_{name}"] > found["exact_match" if name == "exact" else "f1"]
-    table = score_answers(references, answers, non_empty, odds).to_table()
-    assert "not the one in use" in table
-
-
-def test_perfect_answers_have_perfect_scores():
-    task = QuestionAnswering(TOKENIZER, version_2_with_negative=True)
-    dataset = task.load(SQUAD)
-    predictions = [
-        {"answer": q.answers[-1].text if q.answers else "", "null_score_diff": 0.0, "nbest": []}
-        for q in dataset.records
-    ]
-    metrics = task.metrics(dataset, predictions)
-    assert metrics["exact_match"] == metrics["f1"] == metrics["NoAns_f1"] == 100.0
 
 
 def test_settings_survive_json():

@@ -137,6 +137,19 @@ def test_json_lines(write, content):
     assert task.scheme == "IOB2"
 
 
+def test_entities_that_are_no_words_are_counted(write):
+    spans = [(0, 4), (5, 7), (7, 9), (9, 10)]  # a word, two halves of one, a blank
+    entities = [{"start": start, "end": end, "type": "PER"} for start, end in spans]
+    value = {"text": "John York a bc", "entities": entities}
+    path = write(json.dumps(value), "data.jsonl")
+    dataset = _create(path).load(path)
+    assert _contents(dataset) == [(["John", "York", "a", "bc"], ["B-PER", "B-PER", "O", "O"])]
+    assert f"{path}: 1 entities begin or end inside of a word; all of the word belongs to them" in (
+        dataset.notes
+    )
+    assert f"{path}: 2 entities without a word of their own left out" in dataset.notes
+
+
 def test_text_and_labels(write, tmp_path):
     text = write("John lives in New York .\n\nabc John\n", "text_train.txt")
     labels = write("B-PER O O B-LOC I-LOC O\n\nO B-PER\n", "labels_train.txt")
@@ -186,7 +199,7 @@ BAD_FILES = {
     "empty word": ("John\tO\n\tO\n", r"data.conll:2: the word is empty"),
     "empty label": ("John\tO\nlives\t \n", r"data.conll:2: the label is empty"),
     "unknown label": ("John B-ORG\n", r"data.conll:1: unknown label 'B-ORG' \(did you mean 'B-"),
-    "no mark": ("John B-PER\n\nin O\nNew LOC\n", r"data.conll:3: label 'LOC' begins with none"),
+    "no mark": ("John B-PER\n\nin O\nNew LOC\n", r"data.conll:4: label 'LOC' begins with none"),
     "latin-1": ("Jos\xe9 B-PER\n".encode("latin-1"), r"data.conll:1: byte 0xe9 .*iconv"),
     "nul": (b"John O\nx\0 O\n", r"data.conll:2: .*NUL"),
     "utf-16": ("John O\n".encode("utf-16"), r"UTF-16"),

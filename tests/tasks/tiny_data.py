@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.train import tiny
+from tpcore.train.finetune import finetune
+from tpcore.train.read_config import load_config
 
 NAMES, OTHERS = tiny.GOOD, tiny.OTHER
 
@@ -182,6 +184,21 @@ def write_intent_slot_classification(folder: Path) -> dict[str, Any]:
     }
 
 
+def write_masked_lm(folder: Path) -> dict[str, Any]:
+    """Documents of lines of words."""
+    for name, count, seed in (("train", 24, 0), ("validation", 13, 1)):
+        draw = random.Random(seed)
+        lines = []
+        for number in range(count):
+            words = [draw.choice(NAMES + OTHERS) for _ in range(draw.randint(3, 9))]
+            lines += [" ".join(words), *([""] if number % 4 == 3 else [])]
+        (folder / f"{name}.txt").write_text("\n".join(lines))
+    return {
+        "model__train_ds__file_path": folder / "train.txt",
+        "model__validation_ds__file_path": folder / "validation.txt",
+    }
+
+
 WRITERS = {
     "intent_slot_classification": write_intent_slot_classification,
     "punctuation_capitalization": write_punctuation_capitalization,
@@ -198,7 +215,14 @@ WRITERS = {
 def overrides(task: str, folder: Path, **values: Any) -> list[str]:
     """Dotted overrides of a run of `task` in `folder`, as `tiny.overrides`."""
     tiny.write_vocabulary(folder / "vocab.txt")
-    keys = {"task": task, "trainer__max_epochs": 2, **WRITERS[task](folder), **values}
+    write = write_masked_lm if task == "masked_lm" else WRITERS[task]
+    keys = {"task": task, "trainer__max_epochs": 2, **write(folder), **values}
     # A key that the task does not have is not one of its run's.
     lines = tiny.overrides(folder, **keys)
     return [line for line in lines if not line.endswith(".file_path=null")]
+
+
+def trained(task: str, folder: Path) -> tuple[Path, Any]:
+    """The folder of a short run of `task`, and where its validation data are."""
+    config = load_config(None, overrides(task, folder, trainer__max_steps=4))
+    return finetune(config).path, config.model.source("validation_ds")

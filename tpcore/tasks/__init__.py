@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tpcore.tasks.glue import Glue
     from tpcore.tasks.intent_slot_classification import IntentSlotClassification
+    from tpcore.tasks.masked_lm import MaskedLM
     from tpcore.tasks.punctuation_capitalization import PunctuationCapitalization
     from tpcore.tasks.question_answering import QuestionAnswering
     from tpcore.tasks.relation_extraction import RelationExtraction
@@ -27,6 +28,7 @@ _HOMES = {
     "Example": "task",
     "Glue": "glue",
     "IntentSlotClassification": "intent_slot_classification",
+    "MaskedLM": "masked_lm",
     "PunctuationCapitalization": "punctuation_capitalization",
     "QuestionAnswering": "question_answering",
     "RelationExtraction": "relation_extraction",
@@ -44,6 +46,7 @@ __all__ = [
     "Example",
     "Glue",
     "IntentSlotClassification",
+    "MaskedLM",
     "PunctuationCapitalization",
     "QuestionAnswering",
     "RelationExtraction",
@@ -64,6 +67,7 @@ TASKS = {
     "intent_slot_classification": "IntentSlotClassification",
     "question_answering": "QuestionAnswering",
     "relation_extraction": "RelationExtraction",
+    "masked_lm": "MaskedLM",
 }
 """The name that a configuration's `task:` has -> the class."""
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tpcore.tasks.json_lines import check_text, read_objects
+from tpcore.tasks.json_lines import check_text, kind_of, read_objects
 from tpcore.tasks.labels import is_integer
 from tpcore.tasks.task import DataError
 from tpcore.tasks.text_file import Line, read_lines
@@ -38,6 +38,21 @@ class Row:
 
     line: int
     cells: tuple[str, ...]
+    odd: tuple[tuple[int, str], ...] = ()
+    """JSON: (column, kind) of what is neither text nor number: null, array, object."""
+
+    def cell(self, column: int, path: str | os.PathLike[str], name: str) -> str:
+        """The text in a column.
+
+        Raises:
+            DataError: it is none; `name` is what the message calls it.
+        """
+        kind = dict(self.odd).get(column)
+        if kind is not None:
+            raise DataError(
+                f"{path}:{self.line}: the {name} is JSON's {kind}; expected a string or a number"
+            )
+        return self.cells[column]
 
 
 @dataclass(frozen=True)
@@ -133,12 +148,14 @@ def _read_objects(path: str | os.PathLike[str]) -> tuple[list[Row], int]:
                 f"{path}:{line}: no {missing[0]}; the object has {', '.join(value) or 'no keys'}, "
                 f"the first one {', '.join(keys)}"
             )
-        cells = []
-        for key in keys:
+        cells, odd = [], []
+        for column, key in enumerate(keys):
             cell = value[key]
+            if cell is None or isinstance(cell, list | dict):
+                odd.append((column, kind_of(cell)))
             text = cell if isinstance(cell, str) else json.dumps(cell, ensure_ascii=False)
             cells.append(check_text(text, f"{path}:{line}: {key}"))
-        rows.append(Row(line, tuple(cells)))
+        rows.append(Row(line, tuple(cells), tuple(odd)))
     return rows, num_blank
 
 

@@ -8,9 +8,9 @@ In the first three a mark may stand without a type.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from tpcore.tasks.task import DataError
 
@@ -28,28 +28,32 @@ class Entity(NamedTuple):
     last: int
 
 
-def find_scheme(sentences: Iterable[tuple[str, Sequence[str]]], outside: str) -> str:
+Places: TypeAlias = Callable[[int], str]
+"""Where a word of a sentence stands in its file."""
+
+
+def find_scheme(sentences: Iterable[tuple[Places, Sequence[str]]], outside: str) -> str:
     """The scheme of labelled sentences.
 
     Args:
-        sentences: (place in the file, labels of the words) of each.
+        sentences: (places in the file, labels of the words) of each.
         outside: the label of words outside of all entities.
 
     Raises:
-        DataError: some labels begin with a mark and others do not.
+        DataError: some labels begin with a mark and others do not, or name no type behind it.
     """
     marks: set[str] = set()
     unmarked: tuple[str, str] | None = None
     has_needless_b = has_bare_i = False
-    for place, labels in sentences:
+    for places, labels in sentences:
         previous = outside
-        for label in labels:
+        for word, label in enumerate(labels):
             if label != outside:
                 mark, kind = _split(label)
                 if mark:
                     marks.add(mark)
                 elif unmarked is None:
-                    unmarked = place, label
+                    unmarked = places(word), label
                 continues = previous != outside and _split(previous)[1] == kind
                 has_needless_b |= mark == "B" and not continues
                 has_bare_i |= mark == "I" and not continues
@@ -58,8 +62,11 @@ def find_scheme(sentences: Iterable[tuple[str, Sequence[str]]], outside: str) ->
         return "IO"
     if unmarked is not None:
         place, label = unmarked
+        shown = label if len(label) <= 60 else f"{label[:57]}..."
+        if label in ("B-", "I-", "E-", "S-"):
+            raise DataError(f"{place}: label {label!r} names no type; write one behind it")
         raise DataError(
-            f"{place}: label {label!r} begins with none of B-, I-, E-, S-, while others do, and is "
+            f"{place}: label {shown!r} begins with none of B-, I-, E-, S-, while others do, and is "
             f"not {outside!r}; correct it, or set model.dataset.scheme=IO"
         )
     if marks & {"E", "S"}:

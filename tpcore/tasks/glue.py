@@ -25,13 +25,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from sklearn.metrics import f1_score, matthews_corrcoef
 from torch import Tensor
 
 from tpcore.models.output import BertOutput
 from tpcore.tasks.labels import Labels
 from tpcore.tasks.sections import Source
-from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch
+from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch, sample_limit
 from tpcore.tasks.text_classification import TextClassification
 from tpcore.tasks.text_file import read_lines, write_whole
 from tpcore.tasks.text_regression import TextRegression, parse_number
@@ -137,11 +136,12 @@ class Glue:
         Raises:
             DataError: the file cannot be used.
         """
-        if num_samples < 1 and num_samples != -1:
-            raise ValueError(f"num_samples={num_samples}; expected a positive number, or -1: all")
+        end = sample_limit(num_samples)
         assert not isinstance(path, tuple)
         spec = self.format
-        lines = [line for line in read_lines(path) if line.text.strip()]
+        found = read_lines(path)
+        lines = [line for line in found if line.text.strip()]
+        num_blank = len(found) - len(lines)
         is_test = not labelled and Path(path).name.startswith("test")
         header = lines.pop(0).text.split("\t") if spec.has_header or is_test else []
         texts = spec.test_texts if is_test else spec.texts
@@ -163,19 +163,24 @@ class Glue:
                     f"{' and '.join(map(str, texts))}{' and the label there' if labelled else ''}; "
                     "check model.task_name"
                 )
+            if label < 0 and len(cells) > width:
+                raise DataError(
+                    f"{path}:{line.number}: {len(cells)} columns, while the header has {width}; a "
+                    "tab separates columns and can stand nowhere else"
+                )
             if not all(cells[index].strip() for index in texts):
                 raise DataError(f"{path}:{line.number}: a text is empty; remove the line")
             pair = cells[texts[1]] if len(texts) > 1 else None
             where = f"{path}:{line.number}"
             value = self._label(cells[label].strip(), where) if labelled else None
             records.append(TextRecord(line.number, cells[texts[0]], value, pair))
-            if len(records) == num_samples:
+            if len(records) == end:
                 break
         if not records:
             raise DataError(
                 f"{path}: no line has the columns of {self.task_name}; check model.task_name"
             )
-        notes = []
+        notes = [f"{path}: {num_blank} blank line(s) left out"] if num_blank else []
         if num_short:
             notes.append(f"{path}: {num_short} line(s) with too few columns left out")
         return self.inner._encode(str(path), records, notes)
@@ -216,6 +221,8 @@ class Glue:
 
     def metrics(self, dataset: Dataset, predictions: Sequence[Any]) -> dict[str, float]:
         """GLUE's metrics of the task; mcc is Matthews' correlation, f1 that of class 1."""
+        from sklearn.metrics import f1_score, matthews_corrcoef
+
         scores = self.inner.metrics(dataset, predictions)
         if self.format.classes:
             true = [record.label for record in dataset.records]

@@ -39,7 +39,17 @@ from tpcore.tasks.sentences import (
     label_tokens,
     place_words,
 )
-from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch, pack_examples
+from tpcore.tasks.task import (
+    DataError,
+    Dataset,
+    Example,
+    Monitor,
+    TaskBatch,
+    label_columns,
+    numbered_texts,
+    pack_examples,
+    sample_limit,
+)
 from tpcore.tasks.text_file import read_lines, write_whole
 from tpcore.tokenizer import WordPieceTokenizer
 
@@ -106,7 +116,7 @@ class IntentSlotClassification:
         self.max_seq_length = max_seq_length
         self.intent_loss_weight = intent_loss_weight
         self.dropout = dropout
-        self.scheme = find_scheme([("dict.slots.csv", slots.names)], OUTSIDE)
+        self.scheme = _scheme("dict.slots.csv", slots)
         if OUTSIDE not in slots.names:
             raise DataError(f"dict.slots.csv names no {OUTSIDE}, the label of words without a slot")
 
@@ -120,10 +130,12 @@ class IntentSlotClassification:
             DataError: a file cannot be used.
         """
         folder = Path(config.data_dir)
+        slots = Labels.from_file(folder / "dict.slots.csv")
+        _scheme(folder / "dict.slots.csv", slots)  # an error of it names the file
         return cls(
             tokenizer,
             Labels.from_file(folder / "dict.intents.csv"),
-            Labels.from_file(folder / "dict.slots.csv"),
+            slots,
             max_seq_length=config.dataset.max_seq_length,
             intent_loss_weight=config.intent_loss_weight,
             dropout=config.head.fc_dropout,
@@ -156,10 +168,11 @@ class IntentSlotClassification:
         Raises:
             DataError: a file cannot be used.
         """
-        if num_samples < 1 and num_samples != -1:
-            raise ValueError(f"num_samples={num_samples}; expected a positive number, or -1: all")
+        end = sample_limit(num_samples)
         assert not isinstance(path, tuple)
-        lines = [line for line in read_lines(path) if line.text.strip()]
+        read = read_lines(path)
+        lines = [line for line in read if line.text.strip()]
+        num_blank = len(read) - len(lines)
         cells = [line.text.split("\t") for line in lines]
         if len(cells[0]) > 1 and not is_integer(cells[0][-1].strip()):
             lines, cells = lines[1:], cells[1:]  # the header
@@ -195,11 +208,15 @@ class IntentSlotClassification:
                 raw = replace(raw, labels=names)
             sentence = replace(place_words(raw, self.tokenizer), labels=raw.labels)
             utterances.append(Utterance(line.number, sentence, intent))
-            if len(utterances) == num_samples:
+            if len(utterances) == end:
                 break
         if not utterances:
             raise DataError(f"{path}: a header and no sentence; expected at least one")
-        return self._encode(str(path), utterances, labelled)
+        dataset = self._encode(str(path), utterances, labelled)
+        if not num_blank:
+            return dataset
+        note = f"{path}: {num_blank} blank line(s) left out"
+        return replace(dataset, notes=(note, *dataset.notes))
 
     def from_inputs(self, inputs: Iterable[Any]) -> Dataset:
         """Texts as strings; words are separated by blanks and punctuation.
@@ -208,9 +225,7 @@ class IntentSlotClassification:
             TypeError: an input is no string.
         """
         utterances = []
-        for number, text in enumerate(inputs, start=1):
-            if not isinstance(text, str):
-                raise TypeError(f"input {number} is a {type(text).__name__}; expected a text")
+        for number, text in numbered_texts(inputs):
             raw = RawSentence(number, None, text=text)
             utterances.append(Utterance(number, place_words(raw, self.tokenizer)))
         return self._encode("input", utterances, labelled=False)
@@ -223,11 +238,7 @@ class IntentSlotClassification:
     ) -> TaskBatch:
         """Packed tokens and, where all examples have some, `intent` and `slot`: int64 [t]."""
         packed = pack_examples(examples, device)
-        labels = {}
-        if all(example.labels is not None for example in examples):
-            for column, name in enumerate(("intent", "slot")):
-                flat = [label for example in examples for label in example.labels[column]]
-                labels[name] = torch.tensor(flat, dtype=torch.int64, device=device)
+        labels = label_columns(examples, ("intent", "slot"), device)
         return TaskBatch(tuple(examples), packed, labels)
 
     def label_counts(self, batch: TaskBatch) -> tuple[float, ...]:
@@ -365,6 +376,11 @@ class IntentSlotClassification:
                 f"{self.max_seq_length} tokens, split into overlapping windows"
             )
         return Dataset(source, utterances, windows, tuple(notes))
+
+
+def _scheme(path: str | PathLike[str], slots: Labels) -> str:
+    """The scheme of the slots' names, which a file has one a line."""
+    return find_scheme([(lambda index: f"{path}:{index + 1}", slots.names)], OUTSIDE)
 
 
 def _name(cell: str, labels: Labels, where: str, file: str) -> str:

@@ -10,6 +10,9 @@ from typing import Any
 from tpcore.tasks.task import DataError
 from tpcore.tasks.text_file import read_lines
 
+MAX_DIGITS = 300
+"""No float is longer; Python itself refuses to read some thousands."""
+
 
 def read_objects(path: str | os.PathLike[str]) -> tuple[list[tuple[int, dict[str, Any]]], int]:
     """((line number, object) of each line, the number of blank lines left out).
@@ -32,17 +35,45 @@ def parse_object(text: str, where: str) -> dict[str, Any]:
         DataError: it is not; `where` is the place for the message.
     """
     try:
-        value = json.loads(text)
+        value = load_json(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{where}: not JSON: {error.msg} at character {error.colno}; expected one object in "
             "each line"
         ) from None
-    except RecursionError:
-        raise DataError(f"{where}: JSON nested too deeply; expected one object") from None
+    except ValueError as error:
+        raise DataError(f"{where}: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{where}: a JSON {kind_of(value)}; expected an object, {{...}}")
     return value
+
+
+def load_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        json.JSONDecodeError: it is not JSON.
+        ValueError: it is, but Python would read it wrongly or not at all; the message says why.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+    except RecursionError:
+        raise ValueError("JSON nested too deeply; expected plain objects and arrays") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice!r} twice; keep one of them")
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits; expected at most {MAX_DIGITS}")
+    return int(digits)
 
 
 def get_text(value: dict[str, Any], keys: Sequence[str], where: str) -> str:

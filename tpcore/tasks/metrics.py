@@ -1,12 +1,17 @@
-"""Scores of classifications, by scikit-learn, in a form for logs and one for reading."""
+"""Scores of classifications, by scikit-learn, in a form for logs and one for reading.
+
+scikit-learn and scipy take most of a second to load, so they are loaded by the first score and not
+by every rank that starts. That they are there is asked at once.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
+if find_spec("sklearn") is None:
+    raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ def correlations(true: Sequence[float], predicted: Sequence[float]) -> dict[str,
 
     A correlation is 0 where one side is constant, and undefined therefore.
     """
+    from scipy.stats import pearsonr, spearmanr
+
     pairs = list(zip(true, predicted, strict=True))
     is_constant = len(set(true)) < 2 or len(set(predicted)) < 2
     return {
@@ -90,6 +97,8 @@ def score_classification(
     Raises:
         ValueError: nothing to compare, lengths differ, or a label is not among `labels`.
     """
+    from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
+
     if not true or len(true) != len(predicted):
         raise ValueError(
             f"{len(true)} true and {len(predicted)} predicted labels; expected equally many, and "

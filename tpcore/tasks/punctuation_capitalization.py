@@ -42,7 +42,17 @@ from tpcore.tasks.sentences import (
     label_tokens,
     place_words,
 )
-from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch, pack_examples
+from tpcore.tasks.task import (
+    DataError,
+    Dataset,
+    Example,
+    Monitor,
+    TaskBatch,
+    label_columns,
+    numbered_texts,
+    pack_examples,
+    sample_limit,
+)
 from tpcore.tasks.text_file import write_whole
 from tpcore.tokenizer import WordPieceTokenizer
 
@@ -150,13 +160,11 @@ class PunctuationCapitalization:
         Raises:
             DataError: a file cannot be used.
         """
-        if num_samples < 1 and num_samples != -1:
-            raise ValueError(f"num_samples={num_samples}; expected a positive number, or -1: all")
+        end = sample_limit(num_samples)
         if not labelled and not isinstance(path, tuple):
             path = (path, path)  # a text alone: a sentence a line, whatever its lines look like
         file = read_sentences(path, labelled=labelled)
-        if num_samples != -1:
-            file = replace(file, sentences=file.sentences[:num_samples])
+        file = replace(file, sentences=file.sentences[:end])
         if not file.sentences:
             raise DataError(f"{file.path} holds no words; expected at least one sentence")
         return self._encode(file, labelled)
@@ -168,9 +176,7 @@ class PunctuationCapitalization:
             TypeError: an input is no string.
         """
         raws = []
-        for number, text in enumerate(inputs, start=1):
-            if not isinstance(text, str):
-                raise TypeError(f"input {number} is a {type(text).__name__}; expected a text")
+        for number, text in numbered_texts(inputs):
             raws.append(RawSentence(number, tuple(text.split())))
         return self._encode(SentenceFile("input", "input", raws, "input"), labelled=False)
 
@@ -182,11 +188,7 @@ class PunctuationCapitalization:
     ) -> TaskBatch:
         """Packed tokens and, where all examples have some, `mark` and `capital`: int64 [t]."""
         packed = pack_examples(examples, device)
-        labels = {}
-        if all(example.labels is not None for example in examples):
-            for column, name in enumerate(("mark", "capital")):
-                flat = [label for example in examples for label in example.labels[column]]
-                labels[name] = torch.tensor(flat, dtype=torch.int64, device=device)
+        labels = label_columns(examples, ("mark", "capital"), device)
         return TaskBatch(tuple(examples), packed, labels)
 
     def label_counts(self, batch: TaskBatch) -> tuple[float, ...]:

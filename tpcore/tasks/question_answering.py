@@ -34,10 +34,19 @@ from tpcore.tasks.json_lines import get_text, parse_object
 from tpcore.tasks.sections import Source
 from tpcore.tasks.squad_files import Question, read_questions
 from tpcore.tasks.squad_metrics import SquadScores, score_answers
-from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch, pack_examples
+from tpcore.tasks.task import (
+    DataError,
+    Dataset,
+    Example,
+    Monitor,
+    TaskBatch,
+    pack_examples,
+    sample_limit,
+)
 from tpcore.tasks.text_file import write_whole
+from tpcore.tasks.token_cache import TextTokens, cached_tokens, encode_texts
 from tpcore.tasks.windows import best_windows, cut_windows
-from tpcore.tokenizer import Encoding, WordPieceTokenizer
+from tpcore.tokenizer import WordPieceTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +122,7 @@ class QuestionAnswering:
         max_answer_length: longest answer in tokens.
         n_best_size: how many answers `nbest` holds.
         null_score_diff_threshold: larger: fewer empty answers.
+        use_cache: keep the tokens of a data file in a file beside it, see `token_cache`.
     """
 
     name: ClassVar[str] = "question_answering"
@@ -130,6 +140,7 @@ class QuestionAnswering:
         max_answer_length: int = 30,
         n_best_size: int = 20,
         null_score_diff_threshold: float = 0.0,
+        use_cache: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.version_2_with_negative = version_2_with_negative
@@ -139,6 +150,7 @@ class QuestionAnswering:
         self.max_answer_length = max_answer_length
         self.n_best_size = n_best_size
         self.null_score_diff_threshold = null_score_diff_threshold
+        self.use_cache = use_cache
 
     @classmethod
     def create(
@@ -154,6 +166,7 @@ class QuestionAnswering:
             "max_answer_length",
             "n_best_size",
             "null_score_diff_threshold",
+            "use_cache",
         )
         return cls(tokenizer, **{name: getattr(data, name) for name in names})
 
@@ -165,7 +178,8 @@ class QuestionAnswering:
         return cls(tokenizer, **config)
 
     def to_config(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "tokenizer"}
+        own = ("tokenizer", "use_cache")  # files to predict get no other beside them
+        return {name: value for name, value in vars(self).items() if name not in own}
 
     def head_kwargs(self) -> dict[str, Any]:
         return {}
@@ -176,25 +190,22 @@ class QuestionAnswering:
         Raises:
             DataError: the file cannot be used.
         """
-        if num_samples < 1 and num_samples != -1:
-            raise ValueError(f"num_samples={num_samples}; expected a positive number, or -1: all")
+        end = sample_limit(num_samples)
         assert not isinstance(path, tuple)
-        questions = read_questions(path, labelled=labelled)
-        if num_samples != -1:
-            questions = questions[:num_samples]
+        questions, notes = read_questions(path, labelled=labelled)
+        questions = questions[:end]
         without = [question for question in questions if question.answers == ()]
         if without and not self.version_2_with_negative:
             raise DataError(
                 f"{path}: {len(without)} question(s) have no answer, the first is "
                 f"{without[0].id!r}; set model.dataset.version_2_with_negative=true"
             )
-        notes = []
         if labelled:
             notes.append(
                 f"{path}: {len(questions)} questions, {len(without)} of them without an answer, on "
                 f"{len({question.context for question in questions})} contexts"
             )
-        return self._encode(str(path), questions, notes)
+        return self._encode(str(path), questions, notes, cache=self.use_cache)
 
     def from_inputs(self, inputs: Iterable[Any]) -> Dataset:
         """(question, context) pairs, or mappings with question, context and, if wished, id.
@@ -389,18 +400,22 @@ class QuestionAnswering:
         answers = [prediction["answer"] for prediction in predictions]
         return score_answers(references, answers, non_empty, no_answer)
 
-    def _encode(self, source: str, questions: list[Question], notes: list[str]) -> Dataset:
-        texts = list(dict.fromkeys(question.context for question in questions))
-        contexts = dict(zip(texts, self.tokenizer.encode_batch(texts), strict=True))
-        queries = self.tokenizer.encode_batch([question.question for question in questions])
+    def _encode(
+        self, source: str, questions: list[Question], notes: list[str], *, cache: bool = False
+    ) -> Dataset:
+        texts = list(dict.fromkeys(text for q in questions for text in (q.context, q.question)))
+        if cache:
+            tokens, note = cached_tokens(self.tokenizer, texts, source)
+            notes.append(f"{source}: {note}")
+        else:
+            tokens = encode_texts(self.tokenizer, texts, source)
+        tokens_of = dict(zip(texts, tokens, strict=True))
         examples: list[QuestionWindow] = []
         num_cut = num_split = 0
-        for record, (question, query) in enumerate(zip(questions, queries, strict=True)):
-            ids = query.ids[1:-1]
-            num_cut += len(ids) > self.max_query_length
-            windows = self._windows(
-                question, ids[: self.max_query_length], contexts[question.context], source
-            )
+        for record, question in enumerate(questions):
+            query, context = tokens_of[question.question].ids, tokens_of[question.context]
+            num_cut += len(query) > self.max_query_length
+            windows = self._windows(question, query[: self.max_query_length], context, source)
             num_split += len(windows) > 1
             for values in windows:
                 examples.append(QuestionWindow(index=len(examples), record=record, **values))
@@ -414,11 +429,11 @@ class QuestionAnswering:
         return Dataset(source, questions, examples, tuple(notes))
 
     def _windows(
-        self, question: Question, query: list[int], context: Encoding, source: str
+        self, question: Question, query: list[int], context: TextTokens, source: str
     ) -> list[dict[str, Any]]:
         """The fields of `QuestionWindow` for one question."""
         tokenizer = self.tokenizer
-        tokens, offsets = context.ids[1:-1], context.offsets[1:-1]
+        tokens, offsets = context
         answer = None
         if question.answers:
             answer = _tokens_of(offsets, question.answers[0].start, question.answers[0].text)

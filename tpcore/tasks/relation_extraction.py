@@ -16,13 +16,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
-from sklearn.metrics import precision_recall_fscore_support
-
 from tpcore.tasks.columns import ColumnSettings, Layout
 from tpcore.tasks.labels import Labels
 from tpcore.tasks.relation_files import find_markers, marked_places, read_relations
 from tpcore.tasks.sections import Source
-from tpcore.tasks.task import DataError, Dataset, Example, Monitor
+from tpcore.tasks.task import DataError, Dataset, Example, Monitor, sample_limit
 from tpcore.tasks.text_classification import TextClassification, TextPrediction, class_notes
 from tpcore.tasks.texts import TextRecord
 from tpcore.tokenizer import Encoding, WordPieceTokenizer
@@ -146,8 +144,7 @@ class RelationExtraction(TextClassification):
         Raises:
             DataError: the file cannot be used.
         """
-        if num_samples < 1 and num_samples != -1:
-            raise ValueError(f"num_samples={num_samples}; expected a positive number, or -1: all")
+        end = sample_limit(num_samples)
         assert not isinstance(path, tuple)
         file = read_relations(
             path,
@@ -156,7 +153,7 @@ class RelationExtraction(TextClassification):
             is_known_label=self.labels.is_known,
             like=self.layout,
         )
-        relations = file.relations if num_samples == -1 else file.relations[:num_samples]
+        relations = file.relations[:end]
         records = []
         for relation in relations:
             label = None
@@ -185,6 +182,8 @@ class RelationExtraction(TextClassification):
         return super().from_inputs(inputs)
 
     def metrics(self, dataset: Dataset, predictions: Sequence[TextPrediction]) -> dict[str, float]:
+        from sklearn.metrics import precision_recall_fscore_support
+
         scores = self._score(dataset, predictions).to_metrics()
         true = [record.label for record in dataset.records]
         predicted = [prediction["label"] for prediction in predictions]

@@ -25,7 +25,7 @@ NO_MEANING = {
     },
     "validation_ds.shuffle": "evaluation has no order",
     "test_ds.shuffle": "evaluation has no order",
-    "dataset.use_cache": "encoded data is never cached on disk",
+    "dataset.use_cache": "data is encoded in less time than a cache would save",
     "dataset.do_lower_case": "case follows the vocabulary; model.tokenizer.do_lower_case changes "
     "that",
     "optim.sched.max_steps": "set trainer.max_steps or trainer.max_epochs",
@@ -77,6 +77,9 @@ class DataConfig:
 
     batch_size: int = 32
     """Examples of one batch, over all data-parallel ranks together; never cut by their number."""
+    max_tokens_per_batch: int | None = None
+    """Fill each batch with examples of similar length up to so many tokens, in place of
+    batch_size; null: batch_size examples."""
     num_samples: int = -1
     """Use only the first so many examples; -1: all."""
 
@@ -131,6 +134,11 @@ class TaskSections:
         for part in ("train_ds", "validation_ds", "test_ds"):
             data: DataConfig = getattr(self, part)
             yield expect(data.batch_size > 0, f"{part}.batch_size", "a positive number of examples")
+            yield expect(
+                data.max_tokens_per_batch is None or data.max_tokens_per_batch > 0,
+                f"{part}.max_tokens_per_batch",
+                "a positive number of tokens, or null",
+            )
             yield expect(
                 data.num_samples > 0 or data.num_samples == -1,
                 f"{part}.num_samples",

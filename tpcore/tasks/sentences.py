@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from tpcore.models.heads import IGNORE_INDEX
-from tpcore.tasks.entities import Entity, find_entities, find_scheme, label_entities
+from tpcore.tasks.entities import Entity, Places, find_entities, find_scheme, label_entities
 from tpcore.tasks.labels import Labels
 from tpcore.tasks.sentence_files import RawSentence, SentenceFile, Span
 from tpcore.tasks.task import Dataset, Example
@@ -87,10 +88,10 @@ def label_sentences(
         DataError: a label is not among `labels`, whose first is the one outside of entities.
     """
     outside, where = labels.names[0], file.labels_path
-    found = [(raw.place(where), raw.labels) for raw in file.sentences if raw.labels is not None]
+    found = [(partial(raw.place, where), raw.labels) for raw in file.sentences if raw.labels]
     own = _own_scheme(found, scheme, outside)
     labelled = []
-    num_moved = 0
+    num_moved = num_lost = 0
     counts: Counter[str] = Counter()
     for raw, sentence in zip(file.sentences, sentences, strict=True):
         if raw.labels is not None:
@@ -99,8 +100,8 @@ def label_sentences(
                 _check_labels(of_words, labels, raw, where)
             entities = find_entities(of_words, own, outside)
         else:
-            entities, moved = _entities_of_spans(raw.spans or (), sentence.offsets)
-            num_moved += moved
+            entities, moved, lost = _entities_of_spans(raw.spans or (), sentence.offsets)
+            num_moved, num_lost = num_moved + moved, num_lost + lost
         if raw.labels is None or own != scheme:
             of_words = label_entities(entities, len(sentence.offsets), scheme, outside)
             _check_labels(of_words, labels, raw, where)
@@ -115,6 +116,8 @@ def label_sentences(
             f"{file.path}: {num_moved} entities begin or end inside of a word; all of the word "
             "belongs to them"
         )
+    if num_lost:
+        notes.append(f"{file.path}: {num_lost} entities without a word of their own left out")
     return labelled, notes
 
 
@@ -191,7 +194,7 @@ def label_tokens(
     return labels
 
 
-def _own_scheme(found: Sequence[tuple[str, Sequence[str]]], scheme: str, outside: str) -> str:
+def _own_scheme(found: Sequence[tuple[Places, Sequence[str]]], scheme: str, outside: str) -> str:
     """The scheme of a file's labels; `scheme` where the labels leave the choice."""
     if scheme == "IO" or not any(set(labels) - {outside} for _, labels in found):
         return scheme
@@ -203,7 +206,7 @@ def _own_scheme(found: Sequence[tuple[str, Sequence[str]]], scheme: str, outside
     return own
 
 
-def _differ(found: Sequence[tuple[str, Sequence[str]]], outside: str) -> bool:
+def _differ(found: Sequence[tuple[Places, Sequence[str]]], outside: str) -> bool:
     """Whether the labels are not the same in IOB1 and IOB2."""
     return any(
         label_entities(find_entities(labels, "IOB2", outside), len(labels), scheme, outside)
@@ -220,10 +223,10 @@ def _check_labels(names: Sequence[str], labels: Labels, raw: RawSentence, path: 
 
 def _entities_of_spans(
     spans: Sequence[Span], offsets: Sequence[tuple[int, int]]
-) -> tuple[list[Entity], int]:
-    """(the words that spans of characters touch, how many spans end inside of one)."""
+) -> tuple[list[Entity], int, int]:
+    """(the words that spans touch, how many spans end inside of one, how many have none)."""
     entities: list[Entity] = []
-    num_moved = 0
+    num_moved = num_lost = 0
     for span in spans:
         touched = [
             word
@@ -233,9 +236,9 @@ def _entities_of_spans(
         if entities and touched and touched[0] == entities[-1].last:
             touched = touched[1:]  # two spans in one word: it belongs to the first
         if not touched:
-            num_moved += 1
+            num_lost += 1
             continue
         exact = (offsets[touched[0]][0], offsets[touched[-1]][1]) == (span.start, span.end)
         num_moved += not exact
         entities.append(Entity(span.type, touched[0], touched[-1]))
-    return entities, num_moved
+    return entities, num_moved, num_lost

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from tpcore.tasks.masked_settings import MaskedLMSections
 from tpcore.tasks.sections import (
     NO_MEANING,
     ClassLabelsConfig,
@@ -228,6 +229,8 @@ class QuestionDatasetConfig(DatasetConfig):
     """How many of the best answers are kept for each question."""
     null_score_diff_threshold: float = 0.0
     """No answer is given where its score exceeds that of the best answer by more than this."""
+    use_cache: bool = False
+    """Keep the tokens of each data file in a file beside it, and read them from there again."""
 
 
 @dataclass
@@ -253,7 +256,8 @@ class QuestionAnsweringSections(TaskSections):
     """Keys of task=question_answering."""
 
     no_meaning: ClassVar[Mapping[str, str]] = MappingProxyType(
-        NO_MEANING | head_keys("token_classifier", "num_layers", "dropout", "num_classes")
+        {key: reason for key, reason in NO_MEANING.items() if key != "dataset.use_cache"}
+        | head_keys("token_classifier", "num_layers", "dropout", "num_classes")
     )
     defaults: ClassVar[Mapping[str, Any]] = MappingProxyType(
         {
@@ -293,5 +297,6 @@ SECTIONS: dict[str, type[TaskSections]] = {
     "intent_slot_classification": IntentSlotSections,
     "question_answering": QuestionAnsweringSections,
     "relation_extraction": RelationExtractionSections,
+    "masked_lm": MaskedLMSections,
 }
 """By the name that a configuration's `task:` has."""

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tpcore.tasks.json_lines import check_text, get_text, kind_of, read_objects
+from tpcore.tasks.json_lines import check_text, get_text, kind_of, load_json, read_objects
 from tpcore.tasks.task import DataError
 from tpcore.tasks.text_file import read_lines
 
@@ -41,8 +42,10 @@ class Question:
     """References, all of them right; empty: the context has no answer; None: unknown."""
 
 
-def read_questions(path: str | os.PathLike[str], *, labelled: bool) -> list[Question]:
-    """All questions of a file, which is JSON lines if its name ends in .jsonl.
+def read_questions(
+    path: str | os.PathLike[str], *, labelled: bool
+) -> tuple[list[Question], list[str]]:
+    """All questions of a file, and what to tell of it; JSON lines if its name ends in .jsonl.
 
     Args:
         path: the file.
@@ -52,14 +55,30 @@ def read_questions(path: str | os.PathLike[str], *, labelled: bool) -> list[Ques
         DataError: anything that is not as it should be, with its place.
     """
     if Path(path).suffix == ".jsonl":
+        objects, num_blank = read_objects(path)
         found = [
             (f"{path}:{line}", _question(value, value, f"{path}:{line}", labelled, str(line)))
-            for line, value in read_objects(path)[0]
+            for line, value in objects
         ]
-    else:
-        found = list(_read_squad(path, labelled))
-    if not found:
+        notes = [f"{path}: {num_blank} blank line(s) left out"] if num_blank else []
+        return _distinct(found), notes
+    text = "\n".join(line.text for line in read_lines(path))
+    try:
+        found = list(_read_squad(path, text, labelled))
+        questions = _distinct(found)
+    except DataError as error:
+        message, start = str(error), f"{path}:1: data["
+        if not message.startswith(start):
+            raise
+        place = message.removeprefix(f"{path}:1: ")
+        raise DataError(f"{path}:{line_of(text, place)}: {place}") from None
+    if not questions:
         raise DataError(f"{path} holds no questions; expected SQuAD's data, paragraphs, qas")
+    return questions, []
+
+
+def _distinct(found: Sequence[tuple[str, Question]]) -> list[Question]:
+    """The questions, no two of which have one id."""
     places: dict[str, str] = {}
     for place, question in found:
         if question.id in places:
@@ -71,20 +90,54 @@ def read_questions(path: str | os.PathLike[str], *, labelled: bool) -> list[Ques
     return [question for _, question in found]
 
 
-def _read_squad(path: str | os.PathLike[str], labelled: bool) -> Iterator[tuple[str, Question]]:
-    text = "\n".join(line.text for line in read_lines(path))
+def line_of(text: str, place: str) -> int:
+    """The line of a JSON text, from 1, at which a value begins.
+
+    Args:
+        text: valid JSON.
+        place: keys and numbers from 0 that lead there, `data[0].paragraphs[2]`; what comes
+            behind them does not matter.
+    """
+    decode = json.JSONDecoder().raw_decode
+    leads = re.match(r"(?:\.?\w+\[\d+\])*", place)
+    assert leads is not None
+    at = _skip(text, 0)
+    for key, number in re.findall(r"(\w+)\[(\d+)\]", leads[0]):
+        at = _skip(text, at + 1)  # {
+        while True:
+            found, at = decode(text, at)
+            at = _skip(text, _skip(text, at) + 1)  # :
+            if found == key:
+                break
+            at = _skip(text, _skip(text, decode(text, at)[1]) + 1)  # its value and ,
+        at = _skip(text, at + 1)  # [
+        for _ in range(int(number)):
+            at = _skip(text, _skip(text, decode(text, at)[1]) + 1)
+    return text.count("\n", 0, at) + 1
+
+
+def _skip(text: str, at: int) -> int:
+    """The next character that is no blank."""
+    while text[at] in " \t\r\n":
+        at += 1
+    return at
+
+
+def _read_squad(
+    path: str | os.PathLike[str], text: str, labelled: bool
+) -> Iterator[tuple[str, Question]]:
     try:
-        content = json.loads(text)
+        content = load_json(text)
     except json.JSONDecodeError as error:
         raise DataError(
             f"{path}:{error.lineno}: not JSON: {error.msg} at character {error.colno} of the line; "
             "expected a SQuAD file (one question a line belongs into a .jsonl file)"
         ) from None
-    except RecursionError:
-        raise DataError(f"{path}: JSON nested too deeply; expected a SQuAD file") from None
+    except ValueError as error:
+        raise DataError(f"{path}:1: {error}") from None
     if not isinstance(content, dict):
-        raise DataError(f"{path}: a JSON {kind_of(content)}; expected an object with data")
-    for place, article in _list(content, "data", f"{path}"):
+        raise DataError(f"{path}:1: a JSON {kind_of(content)}; expected an object with data")
+    for place, article in _list(content, "data", f"{path}:1"):
         for where, paragraph in _list(article, "paragraphs", place):
             for spot, qa in _list(paragraph, "qas", where):
                 yield spot, _question(qa, paragraph, spot, labelled, "")
@@ -127,6 +180,10 @@ def _answers(qa: dict[str, Any], context: str, where: str) -> tuple[Answer, ...]
     is_impossible = qa.get("is_impossible", False)
     if not isinstance(is_impossible, bool):
         raise DataError(f"{where}: is_impossible is a {kind_of(is_impossible)}; expected a boolean")
+    if is_impossible and qa.get("answers"):
+        raise DataError(
+            f"{where}: answers is not empty, and is_impossible is true; correct one of them"
+        )
     if is_impossible:
         return ()
     if "answers" not in qa:
@@ -155,7 +212,8 @@ def _answer(item: Any, context: str, where: str) -> Answer:
     text = get_text(item, ("text",), f"{where}: answer")
     start = item.get("answer_start")
     if type(start) is not int:
-        raise DataError(f"{where}: answer_start is a {kind_of(start)}; expected a number")
+        shown = start if isinstance(start, float) else f"a {kind_of(start)}"
+        raise DataError(f"{where}: answer_start is {shown}; expected a whole number")
     if not text.strip():
         raise DataError(f"{where}: an answer is empty; set is_impossible for a question without")
     if start < 0 or not context.startswith(text, start):

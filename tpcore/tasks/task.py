@@ -23,10 +23,10 @@ exactly once however many ranks there are and however the batches were cut.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -81,6 +81,8 @@ class TaskBatch:
     packed: PackedBatch
     labels: Mapping[str, Tensor]
     """By names of the task's own; empty when the examples have no labels."""
+    head_labels: Any = None
+    """What the head itself is called with; None: the task computes everything from its output."""
 
 
 def pack_examples(
@@ -93,6 +95,45 @@ def pack_examples(
         sample_ids=[example.index for example in examples],
         device=device,
     )
+
+
+def label_columns(
+    examples: Sequence[Example], names: Sequence[str], device: torch.device | str | None = None
+) -> dict[str, Tensor]:
+    """Labels by name, int64 [t], of examples that hold a list for each; {} if one has none.
+
+    For tasks that label every token once for each of their heads.
+    """
+    if any(example.labels is None for example in examples):
+        return {}
+    columns = {}
+    for column, name in enumerate(names):
+        flat = [label for example in examples for label in example.labels[column]]
+        columns[name] = torch.tensor(flat, dtype=torch.int64, device=device)
+    return columns
+
+
+def numbered_texts(inputs: Iterable[Any]) -> Iterator[tuple[int, str]]:
+    """The inputs, which must be texts, with numbers from 1.
+
+    Raises:
+        TypeError: an input is no string.
+    """
+    for number, text in enumerate(inputs, start=1):
+        if not isinstance(text, str):
+            raise TypeError(f"input {number} is a {type(text).__name__}; expected a text")
+        yield number, text
+
+
+def sample_limit(num_samples: int) -> int | None:
+    """The end of a slice of records that takes `num_samples` of them, or all for -1.
+
+    Raises:
+        ValueError: any other number below 1.
+    """
+    if num_samples < 1 and num_samples != -1:
+        raise ValueError(f"num_samples={num_samples}; expected a positive number, or -1: all")
+    return None if num_samples == -1 else num_samples
 
 
 class Monitor(NamedTuple):
@@ -211,4 +252,13 @@ class Task(Protocol):
 
     def write_predictions(self, path: Path, dataset: Dataset, predictions: Sequence[Any]) -> None:
         """Write a file that users and other programs can read; it appears whole or not at all."""
+        ...
+
+
+@runtime_checkable
+class VariesByEpoch(Protocol):
+    """A task whose training examples are made anew in every epoch."""
+
+    def examples_at(self, dataset: Dataset, seed: int, epoch: int) -> Sequence[Example]:
+        """As many examples as the dataset has: a function of the arguments and nothing else."""
         ...

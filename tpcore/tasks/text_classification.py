@@ -346,7 +346,7 @@ def _label_cells(
     Raises:
         DataError: one is empty.
     """
-    cells = [(f"{path}:{row.line}", row.cells[column].strip()) for row in rows]
+    cells = [(f"{path}:{row.line}", row.cell(column, path, "label").strip()) for row in rows]
     for place, cell in cells:
         if not cell:
             raise DataError(f"{place}: the label is empty; fill it in or remove the line")

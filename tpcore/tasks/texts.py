@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tpcore.tasks.columns import ColumnSettings, Layout, find_layout, read_rows
-from tpcore.tasks.task import DataError, Dataset, Example, TaskBatch, pack_examples
+from tpcore.tasks.task import DataError, Dataset, Example, TaskBatch, pack_examples, sample_limit
 from tpcore.tokenizer import WordPieceTokenizer
 
 
@@ -51,24 +51,23 @@ def load_texts(
     Raises:
         DataError: the file cannot be used.
     """
-    if num_samples < 1 and num_samples != -1:
-        raise ValueError(f"num_samples={num_samples}; expected a positive number, or -1: all")
+    end = sample_limit(num_samples)
     rows, num_blank = read_rows(path)
     layout = find_layout(
         rows, path, columns, labelled=labelled, is_known_label=is_known_label, like=like
     )
     rows = rows[layout.has_header :]
     records = []
-    for row in rows if num_samples == -1 else rows[:num_samples]:
+    for row in rows[:end]:
         where = f"{path}:{row.line}"
-        text = row.cells[layout.text]
-        pair = None if layout.pair is None else row.cells[layout.pair]
+        text = row.cell(layout.text, path, "text")
+        pair = None if layout.pair is None else row.cell(layout.pair, path, "second text")
         for name, part in (("text", text), ("second text", pair)):
             if part is not None and not part.strip():
                 raise DataError(f"{where}: the {name} is empty; remove the line or fill it")
         label = None
         if layout.label is not None:
-            label = parse_label(row.cells[layout.label].strip(), where)
+            label = parse_label(row.cell(layout.label, path, "label").strip(), where)
         records.append(TextRecord(row.line, text, label, pair))
     notes = [f"{path}: {layout}"]
     if num_blank:

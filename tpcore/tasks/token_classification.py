@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from os import PathLike
 from typing import Any, ClassVar, TypedDict
@@ -51,7 +52,15 @@ from tpcore.tasks.sentences import (
     label_tokens,
     place_words,
 )
-from tpcore.tasks.task import DataError, Dataset, Example, Monitor, TaskBatch, pack_examples
+from tpcore.tasks.task import (
+    DataError,
+    Dataset,
+    Example,
+    Monitor,
+    TaskBatch,
+    pack_examples,
+    sample_limit,
+)
 from tpcore.tasks.text_file import write_whole
 from tpcore.tokenizer import WordPieceTokenizer
 
@@ -158,11 +167,15 @@ class TokenClassification:
                 )
             if data.class_balancing:
                 raise ValueError("class balancing counts labels in training data; give some")
-            scheme = scheme or find_scheme([(str(labels_file), labels.names)], data.pad_label)
+            scheme = scheme or find_scheme(
+                [(lambda index: f"{labels_file}:{index + 1}", labels.names)], data.pad_label
+            )
         else:
             file = read_sentences(train_path, labelled=True, **columns)
             where = file.labels_path
-            found = [(s.place(where), s.labels) for s in file.sentences if s.labels is not None]
+            found = [
+                (partial(s.place, where), s.labels) for s in file.sentences if s.labels is not None
+            ]
             if len(found) < len(file.sentences):  # spans of characters
                 scheme = scheme or "IOB2"
             scheme = scheme or find_scheme(found, data.pad_label)
@@ -233,15 +246,14 @@ class TokenClassification:
         Raises:
             DataError: a file cannot be used.
         """
-        if num_samples < 1 and num_samples != -1:
-            raise ValueError(f"num_samples={num_samples}; expected a positive number, or -1: all")
+        end = sample_limit(num_samples)
         file = read_sentences(
             path,
             labelled=labelled,
             token_column=self.token_column,
             label_column=self.label_column,
         )
-        raws = file.sentences if num_samples == -1 else file.sentences[:num_samples]
+        raws = file.sentences[:end]
         if not raws:
             raise DataError(f"{file.path} holds no words; expected at least one sentence")
         file = replace(file, sentences=raws)
