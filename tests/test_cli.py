@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def _yaml(folder: Path, **values: Any) -> str:
 # --- quick and light ----------------------------------------------------------------------------
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
+def test_help_imports_no_torch() -> None:
     code = (
         "import sys; from tpcore.cli import main\n"
         "try: main(['finetune', '--help'])\n"
@@ -63,12 +64,40 @@ def test_help_is_quick_and_imports_no_torch() -> None:
     )
     subprocess.run([sys.executable, "-c", code], env=_environment(), check=True)
 
-    def seconds() -> float:
-        start = time.perf_counter()
-        subprocess.run([*PYTHON, "--help"], env=_environment(), check=True, stdout=subprocess.PIPE)
-        return time.perf_counter() - start
 
-    assert min(seconds() for _ in range(5)) < 0.3
+def test_import_and_help_in_units_of_a_calibrating_loop() -> None:
+    """Processor seconds, which other programs change little."""
+
+    def loop() -> None:
+        sum(i * i for i in range(10**6))  # 47 ms on the processor of docs/performance.md
+
+    def child(*arguments: str) -> Callable[[], None]:
+        def run() -> None:
+            subprocess.run(
+                [sys.executable, *arguments],
+                env=_environment(),
+                check=True,
+                stdout=subprocess.DEVNULL,
+            )
+
+        return run
+
+    def seconds(work: Callable[[], None]) -> float:
+        def spent() -> float:
+            both = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+            usage = [resource.getrusage(who) for who in both]
+            return sum(u.ru_utime + u.ru_stime for u in usage)
+
+        found = []
+        for _ in range(5):
+            start = spent()
+            work()
+            found.append(spent() - start)
+        return min(found)
+
+    unit = seconds(loop)
+    assert seconds(child("-c", "import tpcore")) - seconds(child("-c", "pass")) < unit  # 50 ms
+    assert seconds(child("-m", "tpcore", "--help")) < 6 * unit  # 300 ms
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -414,18 +443,17 @@ def test_traceback_on_request(capsys: pytest.CaptureFixture[str]) -> None:
 # --- several processes --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tp_size", "dp_size"), [(2, 1), (1, 2)])
-def test_finetune_starts_its_own_ranks(tp_size: int, dp_size: int, folder: Path) -> None:
-    config = _yaml(folder, trainer__max_steps=2, model__tensor_model_parallel_size=tp_size)
+def test_finetune_starts_its_own_ranks(folder: Path) -> None:
+    config = _yaml(folder, trainer__max_steps=2, model__tensor_model_parallel_size=2)
     command = [*PYTHON, "finetune", config, "--nproc-per-node", "2", "model.optim.lr=1e-4"]
     done = subprocess.run(command, env=_environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    mesh = f"{tp_size} tensor-parallel x {dp_size} data-parallel rank(s) on cpu"
+    mesh = "2 tensor-parallel x 1 data-parallel rank(s) on cpu"
     assert done.stdout.count(mesh) == 1
     assert done.stdout.count("tiny: finished") == 1
     run = folder / "runs/tiny/v"
     ranks = sorted(path.name for path in (run / "checkpoints").glob("mp_rank_*"))
-    assert ranks == [f"mp_rank_{rank:02d}" for rank in range(tp_size)]
+    assert ranks == ["mp_rank_00", "mp_rank_01"]
     assert "lr: 0.0001" in (run / "config.yaml").read_text()
     assert main(["evaluate", str(run)]) == 0
 

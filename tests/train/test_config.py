@@ -104,6 +104,12 @@ def test_saved_configuration_reads_back(tmp_path: Path) -> None:
         ("trainer.max_epochs=true", "trainer.max_epochs .*True.*Integer"),
         ("model.optim=3", "model.optim .* holds keys: model.optim.name"),
         ("exp_manager=null", "exp_manager .* is null, but it holds keys"),
+        ("model=null", "holds keys: model.dataset, "),
+        ("model.frozen_parameters=blocks.*", "frozen_parameters .*: expected a list, as"),
+        ("model.optim.sched.power=.nan", "sched.power=nan .* a positive number"),
+        ("model.optim.weight_decay=.inf", "weight_decay=inf .* zero or a positive number"),
+        ("trainer.timeout_s=.inf", "timeout_s=inf .* at most 1e6"),
+        ('exp_manager.name="a\\nb"', "without control characters"),
         ("model.optim.betas=[0.9]", "model.optim.betas=.* two numbers"),
         ("model.optim.sched.name=CosineAneling", "did you mean CosineAnnealing?"),
         ("trainer.precision=8", "trainer.precision='8'.* one of 32"),
@@ -129,6 +135,18 @@ def test_mistakes_on_the_command_line(override: str, message: str) -> None:
     assert "\n" not in str(caught.value)
     if "=???" not in override:
         assert "(command line)" in str(caught.value)
+
+
+def test_keys_of_the_trainer_that_change_nothing_get_one_line() -> None:
+    notes: list[str] = []
+    settings = ["trainer.amp_level=O1", "trainer.logger=false", "trainer.max_epochs=7"]
+    config = load_config(None, [TASK, *settings], notes.append)
+    assert config.trainer.max_epochs == 7
+    assert notes == [
+        "trainer.amp_level=O1 (command line) changes nothing: trainer.precision says it all",
+        "trainer.logger=False (command line) changes nothing: set "
+        "exp_manager.create_tensorboard_logger",
+    ]
 
 
 def test_keys_of_nemo_that_change_nothing_get_one_line(tmp_path: Path) -> None:
@@ -169,6 +187,7 @@ def test_override_needs_a_key_and_a_value(text: str) -> None:
         ("task: text_classification\non: x\n", r"run\.yaml:2: the key on is not a text"),
         ("task: text_classification\n3: x\n", r"run\.yaml:2: the key 3 is not a text"),
         ("a: [\n", "run.yaml: not a YAML file"),
+        ("{" * 3000, "run.yaml: not a configuration: brackets within"),
         ("task: text_classification\ntask: text_classification\n", "run.yaml.*duplicate key task"),
     ],
 )

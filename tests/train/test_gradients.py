@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from tpcore.parallel.collectives import all_gather
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
 from tpcore.parallel.sharding import Replicated
 from tpcore.train import trainer as module
+from tpcore.train.batching import own_share
 from tpcore.train.faults import DivergedError
 from tpcore.train.launch import on_all_ranks
 from tpcore.train.logging import RunLog
@@ -22,7 +26,7 @@ from tpcore.train.precision import LossScaler
 from tpcore.train.prepare import build_model, prepare
 from tpcore.train.read_config import load_config
 from tpcore.train.run_state import choose_run
-from tpcore.train.trainer import Trainer, own_share
+from tpcore.train.trainer import Trainer
 
 SINGLE = (TensorParallelGroup.single(), DataParallelGroup.single())
 STEPS = 20
@@ -67,7 +71,7 @@ def _write_tokens(folder: Path) -> None:
     (folder / "labels.txt").write_text("\n".join(labels) + "\n")
 
 
-def _token_config(folder: Path, tp_size: int) -> Any:
+def _token_config(folder: Path, tp_size: int, **others: Any) -> Any:
     values = {
         "task": "token_classification",
         "model__train_ds__file_path": None,
@@ -82,7 +86,7 @@ def _token_config(folder: Path, tp_size: int) -> Any:
         "trainer__max_steps": STEPS,
         "model__optim__lr": 1e-4,
     }
-    return load_config(None, tiny.overrides(folder, **values))
+    return load_config(None, tiny.overrides(folder, **(values | others)))
 
 
 class _MeanOfMeans(Trainer):
@@ -93,10 +97,14 @@ class _MeanOfMeans(Trainer):
 
 
 def _steps(
-    tp: TensorParallelGroup, dp: DataParallelGroup, folder: Path, cls: type[Trainer] = Trainer
+    tp: TensorParallelGroup,
+    dp: DataParallelGroup,
+    folder: Path,
+    cls: type[Trainer] = Trainer,
+    **values: Any,
 ) -> list[tuple[float, float, dict[str, Tensor]]]:
     """Loss, gradient norm and whole gradients of every step."""
-    trainer = _trainer(tp, dp, _token_config(folder, tp.size), cls)
+    trainer = _trainer(tp, dp, _token_config(folder, tp.size, **values), cls)
     trainer.model.train()
     result = []
     epoch = 0
@@ -108,11 +116,11 @@ def _steps(
             step = trainer.train_step(batches, lr)
             trainer.position.advance(0)
             whole = {}
-            for name, parameter in trainer.model.named_parameters():
+            for name, parameter in trainer.weights.main.items():
                 if parameter.grad is None:
                     continue
                 sharding = trainer.shardings[name]
-                gradient = parameter.grad
+                gradient = trainer.weights.whole(name, parameter.grad)
                 if not isinstance(sharding, Replicated):
                     gradient = all_gather(gradient.contiguous(), tp, sharding.dim)
                 whole[name] = gradient.clone()
@@ -144,11 +152,15 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return folder, _steps(*SINGLE, folder)
 
 
-def _check_steps(
-    tp: TensorParallelGroup, dp: DataParallelGroup, folder: Path, expected: Any
+def check_steps(
+    tp: TensorParallelGroup, dp: DataParallelGroup, folder: Path, expected: Any, values: Any
 ) -> int:
-    _compare(_steps(tp, dp, folder), expected)
-    trainer = _trainer(tp, dp, _token_config(folder, tp.size))
+    _compare(_steps(tp, dp, folder, **values), expected)
+    trainer = _trainer(tp, dp, _token_config(folder, tp.size, **values))
+    assert trainer.model.sequence_parallel == ("model__sequence_parallel" in values)
+    granularity = values.get("model__activations_checkpoint_granularity")
+    assert trainer.loss_sums.meets == ("trainer__data_parallel" in values)
+    assert trainer.model.blocks[0].activation_checkpointing == granularity
     batches = next(trainer.epoch_batches(0))
     shares = [trainer.task.collate(own_share(batch, dp)) for batch in batches]
     return int(sum(trainer.task.label_counts(share)[0] for share in shares))
@@ -156,9 +168,57 @@ def _check_steps(
 
 @pytest.mark.parametrize(("tp_size", "dp_size"), [(1, 2), (2, 1), (2, 2), (4, 1)])
 def test_every_step_is_that_of_one_process(tp_size: int, dp_size: int, reference: Any) -> None:
-    counts = run_mesh(_check_steps, tp_size, dp_size, *reference)
+    counts = run_mesh(check_steps, tp_size, dp_size, *reference, {})
     if dp_size == 2:
         assert {counts[0], counts[-1]} == {30, 90}  # three micro-batches of 10 and 30
+
+
+@pytest.mark.slow
+def test_every_step_of_eight_ranks_is_that_of_one_process(reference: Any, tmp_path: Path) -> None:
+    folder, expected = reference
+    torch.save(expected, tmp_path / "reference.pt")
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "8"]
+    script = ["-m", "tests.train.eight_ranks", folder, tmp_path / "reference.pt", tmp_path]
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, [*command, *script])],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    counts = [(tmp_path / f"{dp}-{tp}").read_text() for dp in range(2) for tp in range(4)]
+    assert sorted(counts) == ["30"] * 4 + ["90"] * 4
+
+
+SEQUENCE_PARALLEL = {"model__sequence_parallel": "true"}
+FULL = {"model__activations_checkpoint_granularity": "full"}
+SELECTIVE = {"model__activations_checkpoint_granularity": "selective"}
+
+
+DDP = {"trainer__data_parallel": "ddp"}
+FSDP = {"trainer__data_parallel": "fsdp2"}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "values"),
+    [
+        ((2, 2), DDP),
+        ((1, 2), DDP | FULL),
+        ((2, 2), FSDP),
+        ((1, 2), FSDP | FULL),
+        ((2, 1), SEQUENCE_PARALLEL),
+        ((2, 2), SEQUENCE_PARALLEL | FULL),
+        ((2, 1), SEQUENCE_PARALLEL | SELECTIVE),
+        ((1, 2), FULL),
+        ((2, 1), SELECTIVE),
+    ],
+)
+def test_what_saves_memory_or_time_changes_no_step(
+    mesh: tuple[int, int], values: dict[str, str], reference: Any
+) -> None:
+    run_mesh(check_steps, *mesh, *reference, values)
 
 
 def _check_mutant(
@@ -204,13 +264,14 @@ def test_bf16_keeps_small_updates_in_main_weights(folder: Path) -> None:
 
 
 def _check_overflow(
-    tp: TensorParallelGroup, dp: DataParallelGroup, folder: Path, where: int
+    tp: TensorParallelGroup, dp: DataParallelGroup, folder: Path, where: int, kind: str
 ) -> None:
     """An infinity on one rank alone, after the sum over ranks."""
     config = tiny.config(
         folder,
         trainer__precision="16-mixed",
         trainer__loss_scale=1024,
+        trainer__data_parallel=kind,
         model__tensor_model_parallel_size=tp.size,
     )
     trainer = _trainer(tp, dp, config)
@@ -230,7 +291,10 @@ def _check_overflow(
             result = trainer.train_step([trainer.job.train.examples[:8]], lr=1e-3)
             trainer.position.advance(0)
             skipped.append(result.skipped)
-            states.append({n: p.detach().clone() for n, p in trainer.weights.main.items()})
+            whole = trainer.weights.whole
+            states.append(
+                {n: whole(n, p.detach()).clone() for n, p in trainer.weights.main.items()}
+            )
     finally:
         module.scale_gradients = original
     assert skipped == [False, True, False]
@@ -238,16 +302,19 @@ def _check_overflow(
     name = "blocks.0.mlp.dense_in.weight"
     assert torch.equal(states[0][name], states[1][name])
     assert not torch.equal(states[1][name], states[2][name])
-    for name, parameter in trainer.weights.main.items():
-        copies = all_gather(parameter.detach().unsqueeze(0).contiguous(), dp)
+    for name, parameter in states[-1].items():
+        copies = all_gather(parameter.unsqueeze(0).contiguous(), dp)
         assert (copies == copies[0]).all(), name
 
 
-@pytest.mark.parametrize(("mesh", "where"), [((2, 2), 3), ((2, 1), 1), ((1, 2), 1)])
+@pytest.mark.parametrize(
+    ("mesh", "where", "kind"),
+    [((2, 2), 3, "sum"), ((2, 1), 1, "sum"), ((1, 2), 1, "sum"), ((2, 2), 3, "fsdp2")],
+)
 def test_overflow_on_one_rank_is_skipped_by_all(
-    mesh: tuple[int, int], where: int, folder: Path
+    mesh: tuple[int, int], where: int, kind: str, folder: Path
 ) -> None:
-    run_mesh(_check_overflow, *mesh, folder, where)
+    run_mesh(_check_overflow, *mesh, folder, where, kind)
 
 
 def test_scale_halves_and_doubles() -> None:

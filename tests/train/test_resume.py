@@ -93,7 +93,8 @@ def _run(folder: Path, version: str) -> Path:
 
 def _records(run: Path) -> list[dict[str, Any]]:
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in lines]
+    timing = ("tokens_per_s", "mfu", "memory_mib")
+    return [{k: v for k, v in json.loads(line).items() if k not in timing} for line in lines]
 
 
 def check_equal(a: Any, b: Any, where: str = "") -> None:
@@ -124,9 +125,11 @@ def _check_same_run(a: Path, b: Path) -> None:
             check_equal(ours, theirs, name)
 
 
-@pytest.mark.parametrize("precision", ["32", "bf16", "bf16-mixed", "16-mixed"])
+@pytest.mark.parametrize("precision", ["32", "bf16", "bf16-mixed", "16-mixed", "32 by tokens"])
 def test_interrupted_run_is_bitcheck_equal(precision: str, folder: Path) -> None:
-    values = {"trainer__precision": precision, "trainer__loss_scale_window": 3}
+    values = {"trainer__precision": precision.split()[0], "trainer__loss_scale_window": 3}
+    if "tokens" in precision:
+        values["model__train_ds__max_tokens_per_batch"] = 45
     assert _fit(*SINGLE, folder, "whole", **values)
     # In the middle of an epoch, where a validation was due, and at the end of an epoch.
     for step in (3, 6, 8):
@@ -229,10 +232,14 @@ def test_half_written_and_damaged_checkpoints_are_named_and_passed_over(
     data[len(data) // 2] ^= 1
     last.write_bytes(data)
     (rank_folder(target, 0) / "half.ckpt").write_bytes(b"no manifest")
+    # What a run can do without does not stop it either.
+    (target / "environment.json").unlink()
+    (target / "metrics.jsonl").write_bytes((target / "metrics.jsonl").read_bytes() + b"3\n\xff\n")
     assert _fit(*SINGLE, folder, "cut")
     out = capsys.readouterr().out
     assert f"passed over: {last}: " in out
     assert "damaged" in out
+    assert f"passed over: {rank_folder(target, 0) / 'half.ckpt'} has no manifest" in out
     assert "resumed from tiny--val_accuracy=" in out
     assert "step 4" in out
     assert not (rank_folder(target, 0) / "half.ckpt").exists()
@@ -258,6 +265,9 @@ def test_other_settings_are_refused(folder: Path) -> None:
     _fit(*SINGLE, folder, "v", trainer__max_epochs=1)
     with pytest.raises(ConfigError, match=r"made with model\.optim\.lr=0\.001, and now it is 0\.1"):
         _fit(*SINGLE, folder, "v", trainer__max_epochs=1, model__optim__lr=0.1)
+    (_run(folder, "v") / "task.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds a run whose task\.json is missing"):
+        _fit(*SINGLE, folder, "v", trainer__max_epochs=1)
 
 
 def test_without_a_version_the_newest_unfinished_run_goes_on(

@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tpcore.train.checkpoint_files import (
     find_checkpoint,
     find_file,
     rank_folder,
+    read_all_ranks,
     read_manifest,
     write_checkpoint,
 )
@@ -107,6 +110,7 @@ def test_folder_is_complete(run: Path) -> None:
         "environment.json",
         "model_config.json",
         "result.json",
+        "validation.json",
         "checkpoints/tiny.nemo",
         "task.json",
         "tokenizer/vocab.txt",
@@ -381,6 +385,25 @@ def _check_failed_write(tp: TensorParallelGroup, dp: DataParallelGroup, run: Pat
 
 def test_write_that_fails_on_one_rank_changes_nothing_on_any(tmp_path: Path) -> None:
     run_mesh(_check_failed_write, 2, 1, tmp_path)
+
+
+def _write_steps(tp: TensorParallelGroup, dp: DataParallelGroup, run: Path, last: int) -> None:
+    for step in range(2, last + 1):
+        time.sleep(0.1)  # the steps of training between
+        _write(tp, dp, run, step)
+
+
+def test_reader_meets_the_files_of_one_write_while_a_run_writes_more(tmp_path: Path) -> None:
+    run_mesh(_write, 2, 1, tmp_path, 1)
+    writer = threading.Thread(target=run_mesh, args=(_write_steps, 2, 1, tmp_path, 25))
+    writer.start()
+    seen = []
+    while writer.is_alive():
+        first, second = (content["global_step"] for content in read_all_ranks(tmp_path, "x.ckpt"))
+        assert first == second
+        seen.append(first)
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 2
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path, run: Path) -> None:

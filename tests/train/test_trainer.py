@@ -15,6 +15,7 @@ from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
 from tpcore.tasks import TASKS, task_class
 from tpcore.tasks.settings import SECTIONS
 from tpcore.tasks.task import Example
+from tpcore.train.batching import epoch_order, own_share
 from tpcore.train.checkpoint_files import rank_folder
 from tpcore.train.config import ConfigError, TrainConfig
 from tpcore.train.faults import DivergedError
@@ -24,7 +25,7 @@ from tpcore.train.logging import RunLog
 from tpcore.train.prepare import build_model, prepare
 from tpcore.train.run_state import choose_run
 from tpcore.train.saving import FitResult
-from tpcore.train.trainer import Trainer, epoch_order, own_share
+from tpcore.train.trainer import Trainer
 
 SINGLE = (TensorParallelGroup.single(), DataParallelGroup.single())
 
@@ -159,6 +160,28 @@ def test_curve_does_not_depend_on_the_mesh(tp_size: int, dp_size: int, single_pr
     assert len(expected[0]) == 6
     assert len(expected[1]) == 3
     run_mesh(_check_fit, tp_size, dp_size, folder, UNEVEN, expected)
+
+
+BY_TOKENS = UNEVEN | {
+    "exp_manager__name": "tokens",
+    "model__train_ds__max_tokens_per_batch": 60,
+    "model__validation_ds__max_tokens_per_batch": 50,
+    "trainer__accumulate_grad_batches": 1,
+    "trainer__max_epochs": 2,
+}
+
+
+def test_batches_by_tokens_do_not_depend_on_the_mesh(single_process: Any) -> None:
+    folder, _ = single_process
+    result = _fit(*SINGLE, folder, **BY_TOKENS)
+    train, validation = (_records(result.path, name) for name in ("train_loss", "val_loss"))
+    assert len(train) == result.global_step == train[-1]["step"]
+    assert len(train) % 2 == 0
+    assert max(record["tokens"] for record in train) <= 60
+    # The schedule, 2 steps up and then down to zero, ends with the run.
+    assert train[-1]["lr"] == pytest.approx(1e-3 / (len(train) - 2))
+    for tp_size, dp_size in ((2, 1), (1, 2)):
+        run_mesh(_check_fit, tp_size, dp_size, folder, BY_TOKENS, (train, validation))
 
 
 def test_accumulation_is_one_larger_batch(folder: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from tpcore import memory
-from tpcore.cli import convert, doctor, evaluate, finetune, plan
+from tpcore.cli import convert, doctor, evaluate, finetune, plan, report
 from tpcore.cli.options import Parser
 
 DIVERGED = 1
@@ -83,7 +83,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="name", required=True
     )
-    for family in (finetune, evaluate, convert, plan, doctor):
+    for family in (finetune, evaluate, report, convert, plan, doctor):
         family.add_commands(commands)
 
     arguments, rest = parser.parse_known_args(argv)

@@ -55,7 +55,14 @@ def _load_run(arguments: argparse.Namespace) -> Any:
     device = choose_device(arguments.accelerator, "--accelerator")
     tp, dp = start_parallel(environment_int("WORLD_SIZE", 1), device)
     return on_all_ranks(
-        lambda: load_run(arguments.run, tp=tp, dp=dp, which=arguments.checkpoint, device=device),
+        lambda: load_run(
+            arguments.run,
+            tp=tp,
+            dp=dp,
+            which=arguments.checkpoint,
+            device=device,
+            settings=arguments.settings,
+        ),
         tp,
         dp,
     )
@@ -67,7 +74,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
     run = _load_run(arguments)
     dataset = run.load(arguments.file)
-    evaluation = run.evaluate_dataset(dataset, arguments.batch_size)
+    evaluation = run.evaluate_dataset(dataset, arguments.batch_size, arguments.max_tokens_per_batch)
     if run.model.tp.rank > 0:
         return 0
     # A file of the user's is neither the run's test set nor its validation set.
@@ -97,7 +104,9 @@ def _predict(arguments: argparse.Namespace) -> int:
         dataset = run.task.load(arguments.file, labelled=False)
     predictions = []
     if dataset.examples:
-        predictions = run.evaluate_dataset(dataset, arguments.batch_size).predictions
+        predictions = run.evaluate_dataset(
+            dataset, arguments.batch_size, arguments.max_tokens_per_batch
+        ).predictions
     if run.model.tp.rank > 0:
         return 0
     for note in dataset.notes:

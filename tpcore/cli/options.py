@@ -35,11 +35,28 @@ class Parser(argparse.ArgumentParser):
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Which run, which of its checkpoints, on what."""
-    parser.add_argument("run", help="folder of a run, or one above it: then its newest run")
+    parser.add_argument(
+        "run",
+        help="folder of a run, or one above it: then its newest run; its .nemo file; or, with "
+        "--set, a checkpoint that has a head",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        dest="settings",
+        metavar="key=value",
+        help="for a checkpoint that is no run, as in a configuration: task=question_answering",
+    )
     parser.add_argument(
         "--checkpoint", default="best", metavar="NAME", help="best, last, or a file name"
     )
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N")
+    parser.add_argument(
+        "--max-tokens-per-batch",
+        type=positive,
+        metavar="N",
+        help="batches of as many texts of similar length as have N tokens, not of --batch-size",
+    )
     parser.add_argument("--accelerator", choices=("auto", "cpu", "gpu"), default="auto")
 
 

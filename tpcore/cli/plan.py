@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from tpcore.cli.options import Commands, positive
@@ -55,7 +56,12 @@ def add_commands(commands: Commands) -> None:
         help="tokens of a step that go through the vocabulary (masked language model); 0",
     )
     plan.add_argument("--precision", choices=_PRECISIONS, default="bf16-mixed")
-    plan.add_argument("--sequence-parallel", action="store_true")
+    plan.add_argument(
+        "--sequence-parallel",
+        choices=("both", "on", "off"),
+        default="both",
+        help="which of the two to list for splits over several ranks; both",
+    )
     plan.add_argument("--activation-checkpointing", choices=("full", "selective"))
     device = plan.add_argument_group("the device of one rank, as measured")
     device.add_argument(
@@ -102,8 +108,9 @@ def _plan(arguments: argparse.Namespace) -> int:
         f"one rank: {device.matrix_flops_per_s / 1e12:.3g} TFLOP/s, "
         f"copy {device.copy_bytes_per_s / 1e9:.3g} GB/s, {device.memory_bytes / 2**30:.3g} GiB"
     )
-    header = ("ranks", "tp", "dp", "step ms", "tokens/s", "MFU", "sent", "memory GiB", "")
-    rows = [_row(config, layout, device) for layout in _layouts(config, arguments)]
+    header = ("ranks", "tp", "dp", "sp", "step ms", "tokens/s", "MFU", "sent", "memory GiB", "")
+    layouts = list(_layouts(config, arguments))
+    rows = [_row(config, layout, device) for layout in layouts]
     if not rows:
         raise ValueError(
             f"--ranks {','.join(map(str, arguments.ranks))}: no split suits "
@@ -111,8 +118,34 @@ def _plan(arguments: argparse.Namespace) -> int:
         )
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
-        print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
+        line = "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
+        print(line.rstrip())
+    for ranks, group in groupby(layouts, key=lambda layout: layout.ranks):
+        print(f"{ranks} rank{'s' if ranks > 1 else ''}: {_best(config, list(group), device)}")
     return 0
+
+
+def _best(config: BertConfig, layouts: list[Layout], device: Device) -> str:
+    """The split with the most tokens per second among those that fit, in words."""
+    from tpcore.models import cost
+
+    def memory(layout: Layout) -> int:
+        return cost.memory_of_rank(config, layout).total
+
+    def seconds_per_token(layout: Layout) -> float:
+        step_s = cost.step_time(config, layout, device).total_s
+        return step_s / (layout.tokens * layout.data_parallel_size)
+
+    fitting = [layout for layout in layouts if memory(layout) <= device.memory_bytes]
+    if not fitting:
+        least = min(map(memory, layouts)) / 2**30
+        return f"nothing fits; a rank needs {least:.2f} GiB at least"
+    best = min(fitting, key=seconds_per_token)
+    parallel = ", sequence-parallel" if best.sequence_parallel else ""
+    return (
+        f"tp {best.tensor_parallel_size}, dp {best.data_parallel_size}{parallel} is the fastest "
+        f"that fits, {1 / seconds_per_token(best):.0f} tokens/s"
+    )
 
 
 def _layouts(config: BertConfig, arguments: argparse.Namespace) -> Iterator[Layout]:
@@ -123,16 +156,18 @@ def _layouts(config: BertConfig, arguments: argparse.Namespace) -> Iterator[Layo
             sizes = (config.num_attention_heads, config.feed_forward_size, ranks)
             if any(size % tp for size in sizes):
                 continue
-            yield Layout(
-                tokens=arguments.tokens,
-                mean_keys=arguments.length,
-                tensor_parallel_size=tp,
-                data_parallel_size=ranks // tp,
-                sequence_parallel=arguments.sequence_parallel and tp > 1,
-                activation_checkpointing=arguments.activation_checkpointing,
-                precision=arguments.precision,
-                predicted_tokens=arguments.predicted_tokens,
-            )
+            listed = {"both": (False, True), "on": (True,), "off": (False,)}
+            for sequence_parallel in listed[arguments.sequence_parallel] if tp > 1 else (False,):
+                yield Layout(
+                    tokens=arguments.tokens,
+                    mean_keys=arguments.length,
+                    tensor_parallel_size=tp,
+                    data_parallel_size=ranks // tp,
+                    sequence_parallel=sequence_parallel,
+                    activation_checkpointing=arguments.activation_checkpointing,
+                    precision=arguments.precision,
+                    predicted_tokens=arguments.predicted_tokens,
+                )
 
 
 def _row(config: BertConfig, layout: Layout, device: Device) -> tuple[str, ...]:
@@ -145,6 +180,7 @@ def _row(config: BertConfig, layout: Layout, device: Device) -> tuple[str, ...]:
         str(layout.ranks),
         str(layout.tensor_parallel_size),
         str(layout.data_parallel_size),
+        "yes" if layout.sequence_parallel else "no",
         f"{1e3 * time.total_s:.1f}",
         f"{layout.tokens * layout.data_parallel_size / time.total_s:.0f}",
         f"{cost.efficiency(config, layout, device):.0%}",

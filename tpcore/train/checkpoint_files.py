@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 from tpcore.checkpoint.errors import CheckpointError
-from tpcore.checkpoint.unpickle import check_records, load_pickle
+from tpcore.checkpoint.untrusted.unpickle import check_records, load_pickle
 from tpcore.parallel.collectives import barrier
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
 from tpcore.train.launch import on_all_ranks
@@ -302,9 +302,9 @@ def find_file(run: Path, manifest: Manifest, rank: int) -> Path:
     final = rank_folder(run, rank) / manifest.filename
     wanted = manifest.files[rank]
     for path in (_temporary(final), final):
-        size = path.stat().st_size if path.is_file() else None
-        if size == wanted.num_bytes and _digest(path) == wanted.sha256:
-            return path
+        with suppress(FileNotFoundError):  # a run that goes on may rename it at any instant
+            if path.stat().st_size == wanted.num_bytes and _digest(path) == wanted.sha256:
+                return path
     if not final.is_file():
         raise CheckpointError(f"{final} is missing; the checkpoint needs the files of all ranks")
     if final.stat().st_size != wanted.num_bytes:
@@ -375,12 +375,35 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def read_all_ranks(run: Path, filename: str) -> list[dict[str, Any]]:
     """The files of all tensor-parallel ranks of one checkpoint, checked against their digests.
 
+    A run that goes on may replace it meanwhile; the files returned are always those of one write.
+
     Raises:
         CheckpointError: one is missing or damaged.
     """
-    manifest = read_manifest(run, filename)
-    paths = [find_file(run, manifest, rank) for rank in range(len(manifest.files))]
-    return [read_checkpoint(path) for path in paths]
+    for last_try in [False] * 9 + [True]:
+        before = _stamps(run, filename)
+        try:
+            manifest = read_manifest(run, filename)
+            paths = [find_file(run, manifest, rank) for rank in range(len(manifest.files))]
+            contents = [read_checkpoint(path) for path in paths]
+        except CheckpointError:
+            if last_try or _stamps(run, filename) == before:
+                raise
+        else:
+            if _stamps(run, filename) == before:
+                return contents
+    raise CheckpointError(f"{manifest_path(run, filename)} is replaced again and again; try later")
+
+
+def _stamps(run: Path, filename: str) -> list[tuple[str, int, int]]:
+    """Changes with every step of a write of `filename`."""
+    stamps = []
+    for path in (run / CHECKPOINT_FOLDER).rglob("*"):
+        if filename in path.name:
+            with suppress(FileNotFoundError):
+                state = path.stat()
+                stamps.append((str(path), state.st_ino, state.st_mtime_ns))
+    return sorted(stamps)
 
 
 def find_checkpoint(run: Path, which: str = "best") -> str:

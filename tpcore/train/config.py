@@ -118,9 +118,14 @@ class TrainerConfig:
     """Batches whose gradients make one optimizer step."""
     gradient_clip_val: float | None = 1.0
     """Largest global gradient norm; null: no clipping."""
+    data_parallel: str = "sum"
+    """How gradients meet: `sum`, at the end of a step; `ddp`, while the backward still runs;
+    `fsdp2`: likewise, and each rank keeps its rows of weights and moments alone."""
     precision: str = "32"
     """32; bf16-mixed or 16-mixed: 16-bit arithmetic on fp32 weights, float16 with loss scaling;
     bf16: bfloat16 weights, of which the optimizer keeps fp32 copies."""
+    compile: bool = False
+    """Run the encoder as one graph of torch.compile, on a CPU (docs/compile.md: when it helps)."""
     loss_scale: float = 65536.0
     """Of 16-mixed, to begin with; halved when gradients overflow."""
     loss_scale_window: int = 1000
@@ -137,6 +142,9 @@ class TrainerConfig:
     """CPU threads of each rank; null: cores / ranks."""
     enable_progress_bar: bool = True
     """A progress bar where the console is a terminal."""
+    peak_tflops: float | None = None
+    """What model FLOP utilisation is relative to, of one rank's device; null: the speed of a matrix
+    product, measured at the start; 0: show no utilisation."""
     timeout_s: float = 600.0
     """How long ranks wait for each other; a rank that hangs is named well before."""
 
@@ -266,8 +274,10 @@ def check_values(config: TrainConfig, sources: Mapping[str, str]) -> None:
         "model.optim.betas",
         "two numbers in [0, 1)",
     )
-    check(optim.weight_decay >= 0, "model.optim.weight_decay", "zero or a positive number")
-    check(optim.eps > 0, "model.optim.eps", "a positive number")
+    decay = optim.weight_decay
+    check(0 <= decay < math.inf, "model.optim.weight_decay", "zero or a positive number")
+    check(0 < optim.eps < math.inf, "model.optim.eps", "a positive number")
+    check(0 < optim.sched.power < math.inf, "model.optim.sched.power", "a positive number")
     check(0 < optim.layerwise_lr_decay <= 1, "model.optim.layerwise_lr_decay", "a number in (0, 1]")
     one_of(
         "model.activations_checkpoint_granularity",
@@ -297,9 +307,25 @@ def check_values(config: TrainConfig, sources: Mapping[str, str]) -> None:
     clip = trainer.gradient_clip_val
     check(clip is None or clip > 0, "trainer.gradient_clip_val", "a positive number, or null")
     one_of("trainer.precision", trainer.precision, PRECISIONS)
+    check(
+        not (trainer.compile and trainer.precision in ("bf16", "bf16-true")),
+        "trainer.compile",
+        "false with trainer.precision=bf16, or trainer.precision=bf16-mixed",
+    )
+    check(
+        not (trainer.compile and model.activations_checkpoint_granularity == "full"),
+        "trainer.compile",
+        "false with model.activations_checkpoint_granularity=full, or that to be selective",
+    )
+    one_of("trainer.data_parallel", trainer.data_parallel, ("sum", "ddp", "fsdp2"))
+    check(
+        not (trainer.compile and trainer.data_parallel == "fsdp2"),
+        "trainer.compile",
+        "false with trainer.data_parallel=fsdp2, or that to be ddp",
+    )
     check(0 < trainer.loss_scale < 2**32, "trainer.loss_scale", "a positive number below 2**32")
     check(trainer.loss_scale_window > 0, "trainer.loss_scale_window", "a positive number of steps")
-    check(trainer.timeout_s >= 1, "trainer.timeout_s", "at least 1 second")
+    check(1 <= trainer.timeout_s <= 1e6, "trainer.timeout_s", "at least 1 second, at most 1e6")
     interval = trainer.val_check_interval
     check(
         0 < interval <= 1 or (interval > 1 and interval == int(interval)),
@@ -313,6 +339,12 @@ def check_values(config: TrainConfig, sources: Mapping[str, str]) -> None:
         trainer.num_threads is None or trainer.num_threads > 0,
         "trainer.num_threads",
         "a positive number of threads, or null",
+    )
+    peak = trainer.peak_tflops
+    check(
+        peak is None or 0 <= peak < math.inf,
+        "trainer.peak_tflops",
+        "a number of 10^12 operations per second, 0 for none, or null",
     )
     one_of("exp_manager.checkpoint_callback_params.mode", params.mode, (None, "max", "min"))
     every = params.every_n_train_steps
@@ -344,7 +376,12 @@ def check_values(config: TrainConfig, sources: Mapping[str, str]) -> None:
     ):
         check(
             text is None
-            or (0 < len(text.encode()) <= 128 and "/" not in text and text not in (".", "..")),
+            or (
+                0 < len(text.encode()) <= 128
+                and text.isprintable()
+                and "/" not in text
+                and text not in (".", "..")
+            ),
             key,
-            "a name of at most 128 bytes without /",
+            "a name of at most 128 bytes without / and without control characters",
         )

@@ -11,8 +11,11 @@ import torch
 import torch.distributed as dist
 
 from tpcore.models.bert import BertModel
+from tpcore.models.output import BertOutput
 from tpcore.parallel.group import DataParallelGroup
-from tpcore.tasks.task import Dataset, Task
+from tpcore.tasks.sections import DataConfig
+from tpcore.tasks.task import Dataset, Task, TaskBatch
+from tpcore.train.batching import evaluation_batches
 
 
 @dataclass(frozen=True)
@@ -32,29 +35,43 @@ def evaluate(
     task: Task,
     dataset: Dataset,
     *,
-    batch_size: int,
+    data: DataConfig,
     dp: DataParallelGroup,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     beat: Callable[[str], None] = lambda _: None,
+    predict: Callable[[TaskBatch], BertOutput] | None = None,
+    in_step: bool = False,
 ) -> Evaluation:
     """Run `model` in evaluation mode over `dataset`; the mode is restored afterwards.
 
-    Batches are cut from the examples in order of length and dealt to the data-parallel ranks in
-    turn. Loss sums are added in the order of the batches, so that the result is the same at every
-    data-parallel size. `beat` is told of every batch.
+    Batches of `data.batch_size` examples, or of `data.max_tokens_per_batch` tokens, are cut from
+    the examples in order of length and dealt to the data-parallel ranks in turn. Loss sums are
+    added in the order of the batches, so that the result is the same at every data-parallel size.
+    `beat` is told of every batch.
+
+    `predict` computes what the model says of a batch, by default its `forward_packed`; where it is
+    a meeting of all ranks, `in_step`, those that have run out of batches take part all the same.
     """
-    order = sorted(dataset.examples, key=len)
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if predict is None:
+
+        def predict(batch: TaskBatch) -> BertOutput:
+            return model.forward_packed(batch.packed, batch.head_labels, hidden_states=False)
+
+    batches = evaluation_batches(dataset.examples, data)
     decoded: dict[int, Any] = {}
     sums: dict[int, tuple[list[float], list[float]]] = {}  # batch number -> loss sums, counts
     was_training = model.training
     model.eval()
-    with torch.inference_mode(), autocast():
-        for number in range(dp.rank, len(batches), dp.size):
+    end = -(-len(batches) // dp.size) * dp.size if in_step else len(batches)
+    # FSDP2 keeps what it allocates here for training, which tensors of inference mode are not for.
+    with torch.no_grad() if in_step else torch.inference_mode(), autocast():
+        for number in range(dp.rank, end, dp.size):
             beat(f"batch {number + 1} of {len(batches)} of {dataset.source}")
-            batch = task.collate(batches[number], device)
-            output = model.forward_packed(batch.packed)
+            batch = task.collate(batches[number % len(batches)], device)
+            output = predict(batch)
+            if number >= len(batches):
+                continue
             for example, result in zip(batch.examples, task.decode(output, batch), strict=True):
                 decoded[example.index] = result
             if batch.labels:

@@ -26,9 +26,10 @@ CLIP_EPSILON = 1e-6
 def sum_gradients(parameters: Iterable[nn.Parameter], dp: DataParallelGroup) -> None:
     """Replace every gradient by its sum over the data-parallel ranks.
 
-    A missing gradient counts as zeros where another rank has one: a rank whose share of a small
-    batch is empty takes part all the same. A parameter that no rank has used keeps none, so that
-    weight decay leaves it alone at every number of ranks.
+    Sums have the format of the parameters, whatever the gradients have. A missing gradient counts
+    as zeros where another rank has one: a rank whose share of a small batch is empty takes part all
+    the same. A parameter that no rank has used keeps none, so that weight decay leaves it alone at
+    every number of ranks.
     """
     if dp.size == 1:
         return
@@ -43,7 +44,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], dp: DataParallelGroup) -> 
         for parameter, piece, count in zip(bucket, pieces, uses.tolist(), strict=True):
             if not count:
                 continue
-            if parameter.grad is None:
+            if parameter.grad is None or parameter.grad.dtype != dtype:
                 parameter.grad = torch.empty_like(parameter)
             parameter.grad.copy_(piece.view_as(parameter))
 
@@ -53,6 +54,7 @@ def gradient_norm(
     shardings: Mapping[str, Sharding],
     tp: TensorParallelGroup,
     flags: Sequence[float] = (),
+    shards: DataParallelGroup | None = None,
 ) -> tuple[Tensor, list[float]]:
     """The L2 norm of the gradient of the whole model: a scalar, fp32, equal on all ranks of `tp`.
 
@@ -65,6 +67,7 @@ def gradient_norm(
         shardings: how each of them is split.
         tp: the ranks that hold the other shards.
         flags: numbers that travel in the same message; their sums over `tp` come back.
+        shards: the data-parallel ranks that hold other rows of the parameters, if there are any.
     """
     gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
     device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
@@ -75,15 +78,25 @@ def gradient_norm(
         if tp.rank == 0 or not isinstance(shardings[name], Replicated)
     ]
     if counted:
-        norms = torch._foreach_norm(counted, dtype=torch.float32)
-        total[0] += torch.stack(list(norms)).double().square().sum()
+        total[0] += torch.stack(_norms(counted)).double().square().sum()
     total = all_reduce(total, tp)
+    if shards is not None and shards.size > 1:
+        total[0] = all_reduce(total[:1].clone(), shards)[0]
     return total[0].sqrt().float(), total[1:].tolist()
+
+
+def _norms(gradients: list[Tensor]) -> list[Tensor]:
+    """The L2 norm of each gradient, in float32."""
+    if all(g.dtype == torch.float32 or g.is_cuda for g in gradients):
+        return list(torch._foreach_norm(gradients, dtype=torch.float32))
+    # The CPU takes several times as long for the same norm of numbers in half precision.
+    return [torch._foreach_norm([g.float()], dtype=torch.float32)[0] for g in gradients]
 
 
 def has_overflow(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether a gradient of this rank holds an infinity or NaN."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    # A rank may have no row of a small parameter.
+    gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]
     if not gradients:
         return False
     largest = torch._foreach_norm(gradients, torch.inf, dtype=torch.float32)
@@ -97,9 +110,14 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: Tensor | float) 
         torch._foreach_mul_(gradients, factor)
 
 
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What clipping multiplies every gradient by: `min(1, max_norm / (norm + 1e-6))`."""
+    return (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0)
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], norm: Tensor, max_norm: float) -> None:
-    """Multiply every gradient by `min(1, max_norm / (norm + 1e-6))`, in place."""
-    scale_gradients(parameters, (max_norm / (norm + CLIP_EPSILON)).clamp(max=1.0))
+    """Multiply every gradient by `clip_factor`, in place."""
+    scale_gradients(parameters, clip_factor(norm, max_norm))
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterable[list[nn.Parameter]]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 LOG_FILE = "log.txt"
@@ -38,6 +39,7 @@ class RunLog:
         self._metrics_file: IO[str] | None = None
         self._events: Any = None
         self._bar: Progress | None = None
+        self._started, self._first_step = time.perf_counter(), 0
 
     def open_folder(self, folder: Path, *, tensorboard: bool = False, first_step: int = 1) -> None:
         """Write log.txt and metrics.jsonl from now on; what was said before goes there too.
@@ -88,8 +90,9 @@ class RunLog:
                 if name not in ("step", "epoch"):
                     self._events.add_scalar(name, value, record["step"])
 
-    def start_progress(self, total_steps: int) -> None:
-        """Begin the progress bar of a run."""
+    def start_progress(self, total_steps: int, done: int = 0) -> None:
+        """Begin the progress bar of a run, or of what is left of one after `done` steps."""
+        self._started, self._first_step = time.perf_counter(), done
         if not (self.enabled and self._show_bar):
             return
         self._bar = Progress(
@@ -97,20 +100,30 @@ class RunLog:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[shown]}"),
-            TimeRemainingColumn(),
             console=self.console,
         )
-        self._bar.add_task("epoch 0", total=total_steps, shown="")
+        self._bar.add_task("epoch 0", total=total_steps, completed=done, shown="")
         self._bar.start()
 
     def step(self, record: Mapping[str, Any], total_steps: int, *, line: bool) -> None:
-        """Show one finished step: in the bar, or as a line of fixed columns if `line`."""
+        """Show one finished step: in the bar, or as a line of fixed columns if `line`.
+
+        The time left is that of the steps so far, with what was between them (validation,
+        checkpoints), for each step that is left.
+        """
         if not self.enabled:
             return
+        steps = max(1, record["step"] - self._first_step)
+        left_s = (time.perf_counter() - self._started) / steps * (total_steps - record["step"])
         shown = (
             f"loss {record['train_loss']:8.4f} | lr {record['lr']:.2e} | "
             f"norm {record['grad_norm']:7.3f} | {record['tokens_per_s']:8.0f} tok/s"
         )
+        if "mfu" in record:
+            shown += f" | mfu {100 * record['mfu']:4.1f}%"
+        if "memory_mib" in record:
+            shown += f" | {record['memory_mib']:6.0f} MiB"
+        shown += f" | {format_duration(left_s)} left"
         if self._bar is not None:
             self._bar.update(
                 self._bar.task_ids[0],
@@ -181,6 +194,12 @@ class _Forward(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.log.info(record.getMessage())
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 0:02:07; days are hours above 23."""
+    minutes, second = divmod(max(0, round(seconds)), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
 
 
 def format_metrics(metrics: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -1,26 +1,32 @@
 """A finished model as one `.nemo` file: weights, head, labels, vocabulary, task and configuration.
 
-NeMo finds what it knows; what else tpcore needs is JSON under one key of model_config.yaml.
+NeMo finds what it knows; what else tpcore needs is JSON under one key of model_config.yaml. Files
+that NeMo itself has written are read too, see `nemo_settings`.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from tpcore import checkpoint
-from tpcore.checkpoint import nemo
 from tpcore.checkpoint.errors import CheckpointError
+from tpcore.checkpoint.formats import nemo
 from tpcore.models.bert import BertModel
+from tpcore.models.heads import build_head
 from tpcore.parallel.group import TensorParallelGroup
 from tpcore.tasks import Task, task_class
 from tpcore.tokenizer import WordPieceTokenizer
 from tpcore.train.config import TrainConfig
+from tpcore.train.nemo_settings import read_nemo
 from tpcore.train.read_config import load_config
 
 KEY = "tpcore"
@@ -76,20 +82,57 @@ def save_nemo(
         )
 
 
+def rebuild(
+    model: BertModel, task: Task, state: Mapping[str, Tensor], dtype: torch.dtype
+) -> BertModel:
+    """A model of plain tensors, as `model` was before something took its parameters over.
+
+    Args:
+        model: says sizes and ranks.
+        task: says the head.
+        state: its weights, of this tensor-parallel rank.
+        dtype: of the parameters.
+    """
+    device = next(iter(state.values())).device
+    plain = BertModel(model.config, tp=model.tp, device=device, dtype=dtype)
+    head = build_head(
+        task.head_name, model.config, tp=model.tp, device=device, dtype=dtype, **task.head_kwargs()
+    )
+    plain.head = head
+    plain.load_state_dict(state)
+    return plain
+
+
 def load_nemo(path: Path, tp: TensorParallelGroup) -> NemoRun:
-    """Load a file that `save_nemo` wrote, at the size of `tp`.
+    """Load a file that `save_nemo` or NeMo wrote, at the size of `tp`.
 
     Raises:
-        CheckpointError: another program's file, or a damaged one.
+        CheckpointError: it does not say what it is for, or is damaged.
+    """
+    config, task = describe_nemo(path)
+    model = checkpoint.load(
+        path,
+        tp=tp,
+        head=task.head_name,
+        head_kwargs=task.head_kwargs(),
+        vocab_size=task.tokenizer.vocab_size,
+    )
+    return NemoRun(config, task, model.float())
+
+
+def describe_nemo(path: Path) -> tuple[TrainConfig, Task]:
+    """The configuration and the task of a file that `save_nemo` or NeMo wrote; reads no weights.
+
+    Raises:
+        CheckpointError: it does not say what it is for, or is damaged.
     """
     contents = nemo.contents(path)
     text = contents.config.get(KEY)
-    if not isinstance(text, str) or contents.vocabulary is None:
-        raise CheckpointError(
-            f"{path} says nothing about a task of tpcore's; fine-tune from it with "
-            f"model.language_model.lm_checkpoint={path}, or convert it"
-        )
+    if text is None:
+        return read_nemo(contents, path)
     try:
+        if not isinstance(text, str) or contents.vocabulary is None:
+            raise ValueError("no text beside a vocabulary")
         own: dict[str, Any] = json.loads(text)
         settings = dict(own["task"])
         with tempfile.TemporaryDirectory(prefix="tpcore-nemo-") as folder:
@@ -101,11 +144,4 @@ def load_nemo(path: Path, tp: TensorParallelGroup) -> NemoRun:
         task = task_class(settings.pop("name")).from_config(settings, tokenizer)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: its key {KEY} is damaged: {error}") from error
-    model = checkpoint.load(
-        path,
-        tp=tp,
-        head=task.head_name,
-        head_kwargs=task.head_kwargs(),
-        vocab_size=tokenizer.vocab_size,
-    )
-    return NemoRun(config, task, model.float())
+    return config, task

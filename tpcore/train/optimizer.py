@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from tpcore import _native
 from tpcore.train.config import ConfigError, OptimConfig
+from tpcore.train.gradients import scale_gradients
+from tpcore.train.precision import Weights
 
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
@@ -75,10 +78,86 @@ def parameter_groups(
     ]
 
 
+class OnePassAdamW(torch.optim.AdamW):
+    """torch's fused AdamW on the CPU, which reads and writes all that a parameter has once.
+
+    To the state and to the bit it is torch's. Beyond that a gradient may be in half precision, is
+    multiplied by `grad_factor` on the way, and a rounded copy of the parameter is written along
+    with it.
+
+    Args:
+        groups: as torch's; parameters are contiguous, in float32.
+        copies: of the parameters that have one, their copies.
+        options: as torch's.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        copies: Mapping[nn.Parameter, Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(groups, fused=True, **options)
+        self.copies = copies or {}
+        self.grad_factor = 1.0
+
+    @staticmethod
+    def takes(parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether all that the kernel needs is there."""
+        return "adamw_" in _native.NATIVE_OPS.get("cpu", ()) and all(
+            p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous()
+            for p in parameters
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step all parameters that have a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_one(parameter, group)
+        return loss
+
+    def _step_one(self, parameter: nn.Parameter, group: Mapping[str, Any]) -> None:
+        assert parameter.grad is not None
+        state, copy = self.state[parameter], self.copies.get(parameter)
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        torch.ops.tpcore.adamw_(
+            parameter,
+            parameter.grad.contiguous(),
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            copy,
+            group["lr"],
+            *group["betas"],
+            group["eps"],
+            group["weight_decay"],
+            state["step"].item(),
+            self.grad_factor,
+        )
+        # For a backward that still waits for the values of before: it must not go on with these.
+        torch.autograd.graph.increment_version(parameter if copy is None else (parameter, copy))
+
+
 def build_optimizer(
-    parameters: Mapping[str, nn.Parameter], config: OptimConfig
+    parameters: Mapping[str, nn.Parameter],
+    config: OptimConfig,
+    copies: Mapping[nn.Parameter, Tensor] | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW or Adam of torch, in its fused form (one kernel over all parameters), or apex's.
+
+    Args:
+        parameters: what it steps, by name.
+        config: which, and how.
+        copies: of parameters that a model has rounded copies of, those; see `step_weights`.
 
     Raises:
         ConfigError: apex was asked for and is not there.
@@ -90,8 +169,34 @@ def build_optimizer(
             groups, lr=config.lr, betas=betas, eps=config.eps, adam_w_mode=True
         )
         return optimizer
+    if config.name == "adamw" and OnePassAdamW.takes(list(parameters.values())):
+        return OnePassAdamW(groups, copies, lr=config.lr, betas=betas, eps=config.eps)
     cls = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
     return cls(groups, lr=config.lr, betas=betas, eps=config.eps, fused=True)
+
+
+def step_weights(
+    optimizer: torch.optim.Optimizer, weights: Weights, grad_factor: Tensor | None = None
+) -> None:
+    """Step `weights.main` by their gradients times `grad_factor`; the model's weights follow.
+
+    Args:
+        optimizer: of `build_optimizer`, for `weights.main` and `weights.copies`.
+        weights: with their gradients collected.
+        grad_factor: a scalar, fp32; None: 1.
+    """
+    if isinstance(optimizer, OnePassAdamW):
+        optimizer.grad_factor = 1.0 if grad_factor is None else grad_factor.item()
+        optimizer.step()
+        return
+    parameters = weights.main.values()
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.to(parameter.dtype)
+    if grad_factor is not None:
+        scale_gradients(parameters, grad_factor)
+    optimizer.step()
+    weights.publish()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -6,9 +6,10 @@
     bf16                bfloat16               bfloat16     float32 main weights       no
     16-mixed            float32                float16      the weights                dynamic
 
-`mixed` is torch.autocast. With `bf16` the main weights are kept beside the model's, gradients are
-accumulated in float32 (`main_grad`, over layers that use a weight twice and over micro-batches),
-and after each step the model's weights are the main weights, rounded.
+`mixed` is torch.autocast. With `bf16` the main weights are kept beside the model's, and after each
+step the model's weights are the main weights, rounded. Gradients of micro-batches are summed in
+float32. The gradient of the only micro-batch of a step stays as the backward has left it: float32
+would hold the same numbers in twice the memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tpcore.parallel.group import DataParallelGroup
 
 
 @dataclass(frozen=True)
@@ -60,23 +63,36 @@ class Weights:
 
     Attributes:
         main: what the optimizer steps: the model's own parameters, or copies of them.
+        shards: the data-parallel ranks that hold other rows of them; one rank: there are none.
     """
 
+    is_wrapped: bool = False
+    """Whether the model's own parameters are no plain tensors."""
+
     def __init__(self, model: nn.Module, precision: Precision) -> None:
+        self.shards = DataParallelGroup.single()
         self.model = model
         own = dict(model.named_parameters())
         self._whole: dict[str, nn.Parameter] = own
         self._copied: dict[str, nn.Parameter] = {}
         if precision.weights != torch.float32:
             self._whole = {
-                name: nn.Parameter(p.detach().float().clone(), requires_grad=p.requires_grad)
+                name: nn.Parameter(p.detach().float(), requires_grad=p.requires_grad)
                 for name, p in own.items()
             }
+            # The main weights stay where the model had its own, which get memory of their own now.
             model.to(precision.weights)
             self._copied = {name: p for name, p in own.items() if p.requires_grad}
             for parameter in self._copied.values():
                 parameter.register_post_accumulate_grad_hook(_add_to_main_grad)
         self.main = {name: p for name, p in self._whole.items() if p.requires_grad}
+        for name in self._copied:
+            self.main[name].grad_dtype = None  # any
+
+    @property
+    def copies(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Of those weights in `main` that are copies: the model's own, which follow them."""
+        return {self.main[name]: own for name, own in self._copied.items()}
 
     def zero_gradients(self) -> None:
         """Forget all gradients, those that backward accumulates too."""
@@ -86,9 +102,13 @@ class Weights:
                 self._copied[name].main_grad = None  # type: ignore[attr-defined]
 
     def collect_gradients(self) -> None:
-        """After the last backward of a step: give `main` its gradients, in float32."""
+        """After the last backward of a step: give `main` its gradients.
+
+        They are in float32, or, where they are of one backward alone, in the model's format.
+        """
         for name, parameter in self._copied.items():
             self.main[name].grad = getattr(parameter, "main_grad", None)
+            parameter.main_grad = None  # type: ignore[attr-defined]
 
     def publish(self) -> None:
         """After the optimizer's step: the model's weights are those of `main`."""
@@ -97,6 +117,18 @@ class Weights:
                 torch._foreach_copy_(
                     list(self._copied.values()), [self.main[name] for name in self._copied]
                 )
+
+    def whole(self, name: str, own: Tensor) -> Tensor:
+        """All rows of a parameter, or of what has its shape; all ranks of `shards` call it."""
+        return own
+
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's rows of what `whole` gave."""
+        return whole
+
+    def templates(self) -> dict[str, Tensor]:
+        """Tensors of the shapes that `state_dict` gives."""
+        return self.state_dict()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The model's state with all digits that there are."""
@@ -116,10 +148,9 @@ def _add_to_main_grad(parameter: Tensor) -> None:
     if gradient is None:
         return  # a linear layer has added it itself
     total = getattr(parameter, "main_grad", None)
-    if total is None:
-        parameter.main_grad = gradient.float()  # type: ignore[attr-defined]
-    else:
-        total.add_(gradient)
+    # From the second one on in float32, in which it is added in place.
+    total = gradient if total is None else total.float().add_(gradient)
+    parameter.main_grad = total  # type: ignore[attr-defined]
 
 
 class LossScaler:

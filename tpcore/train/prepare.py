@@ -6,8 +6,6 @@ schedule. It reads a checkpoint's facts but not its weights, and writes nothing.
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,16 +15,18 @@ from typing import Any
 import torch
 
 from tpcore import checkpoint
-from tpcore.checkpoint import registry
+from tpcore.checkpoint import CheckpointError, registry
 from tpcore.checkpoint.state import check_tensor_parallel_size, check_vocabulary
+from tpcore.checkpoint.stated import stated_config
 from tpcore.models.bert import BertModel
 from tpcore.models.config import BertConfig
-from tpcore.models.heads import build_head
+from tpcore.models.heads import PreTrainingHead, build_head
 from tpcore.models.vocabulary import grow_vocabulary
 from tpcore.parallel.group import TensorParallelGroup
 from tpcore.tasks import DataError, Dataset, Task, task_class
 from tpcore.tasks.sections import DataConfig
 from tpcore.tokenizer import SHIPPED, WordPieceTokenizer
+from tpcore.train.batching import num_batches, overlong_notes
 from tpcore.train.config import (
     CheckpointCallbackConfig,
     ConfigError,
@@ -39,12 +39,6 @@ from tpcore.train.precision import precision_of
 from tpcore.train.run_state import choose_run
 from tpcore.train.schedule import Schedule
 
-# Names of Megatron's and NeMo's configurations -> those of BertConfig.
-_ALIASES = {
-    "max_seq_length": "max_position_embeddings",
-    "num_tokentypes": "num_token_types",
-    "ffn_hidden_size": "intermediate_size",
-}
 # Read from the shapes in a checkpoint; a configuration may repeat them, not change them.
 _SIZES = (
     "hidden_size",
@@ -138,9 +132,11 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
     task = task_class(config.task).create(model, tokenizer, source)
     added = task.tokenizer.vocabulary[tokenizer.vocab_size :]
     new_tokens = tuple(tuple(tokenizer.encode(token).ids[1:-1]) for token in added)
-    if task.head_name == "sequence_classification" and overrides.get("add_pooler") is False:
+    keeps_head = task.head_name == "pretraining" and info is not None and info.head == "pretraining"
+    needs_pooler = task.head_name == "sequence_classification" or task.head_kwargs().get("binary")
+    if needs_pooler and overrides.get("add_pooler") is False:
         raise ConfigError(
-            "model.language_model.config has add_pooler=False, but a classifier works "
+            "model.language_model.config has add_pooler=False, but a classifier of texts works "
             "on the pooler; remove it"
         )
     train = _load(task, model, "train_ds")
@@ -148,16 +144,18 @@ def prepare(config: TrainConfig, num_ranks: int = 1) -> Job:
     validation = _load(task, model, "validation_ds")
     test = _load(task, model, "test_ds")
 
-    batches = math.ceil(len(train.examples) / model.train_ds.batch_size)
+    batches = num_batches(train.examples, model.train_ds)
     steps_per_epoch = math.ceil(batches / config.trainer.accumulate_grad_batches)
     head = ", ".join(f"{name}={value}" for name, value in task.head_kwargs().items())
-    notes = [start, f"new head: {task.head_name} ({head})"]
+    kind = "the checkpoint's head" if keeps_head else "new head"
+    notes = [start, f"{kind}: {task.head_name} ({head})"]
     if added:
         notes.append(f"{len(added)} tokens added to the vocabulary: {' '.join(added)}")
-    for dataset in (train, validation, test):
+    for part, dataset in (("train_ds", train), ("validation_ds", validation), ("test_ds", test)):
         if dataset is not None:
             notes.append(f"{dataset.source}: {len(dataset.examples)} examples")
             notes += dataset.notes
+            notes += overlong_notes(dataset.examples, getattr(model, part), f"model.{part}")
     if validation is None:
         notes.append("no validation data: only the last checkpoint is kept")
     return Job(
@@ -189,7 +187,10 @@ def build_model(job: Job, tp: TensorParallelGroup, device: torch.device) -> Bert
     """
     try:
         model = _build_model(job, tp, device)
-        grow_vocabulary(model, job.new_tokens)
+        if job.new_tokens:
+            grow_vocabulary(model, job.new_tokens)
+        if job.config.trainer.compile:
+            model.compile_encoder()
         return model
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and (
@@ -202,24 +203,47 @@ def build_model(job: Job, tp: TensorParallelGroup, device: torch.device) -> Bert
 
 def _build_model(job: Job, tp: TensorParallelGroup, device: torch.device) -> BertModel:
     head, kwargs = job.task.head_name, job.task.head_kwargs()
-    config = job.config.model
+    config, trainer = job.config.model, job.config.trainer
     options: dict[str, Any] = {
         "sequence_parallel": config.sequence_parallel,
         "activation_checkpointing": config.activations_checkpoint_granularity,
-        # Where weights are not float32, the layers' own gradients are.
-        "accumulate_main_grad": precision_of(job.config.trainer.precision).weights != torch.float32,
+        # Where weights are not float32, the layers' own gradients are on CUDA, whose products give
+        # float32 at once; elsewhere `Weights` sums them, and FSDP2 sees to that itself.
+        "accumulate_main_grad": precision_of(trainer.precision).weights != torch.float32
+        and trainer.data_parallel == "sum"
+        and device.type == "cuda",
     }
     torch.manual_seed(job.config.trainer.seed)
     if job.checkpoint is None:
         model = BertModel(job.encoder, tp=tp, device=device, dtype=torch.float32, **options)
     else:
         options |= {"vocab_size": job.encoder.vocab_size, **job.overrides}
-        # A file's own head of this kind is of another task with other labels: leave it there.
-        options |= {"head": None} if job.has_same_head else {"head": head, "head_kwargs": kwargs}
+        # A file's own head of this kind is of another task with other labels: leave it there. Only
+        # words are the same everywhere.
+        keeps = job.has_same_head and head == "pretraining"
+        if keeps:
+            options["head"] = head
+        else:
+            options |= (
+                {"head": None} if job.has_same_head else {"head": head, "head_kwargs": kwargs}
+            )
         model = checkpoint.load(
             job.checkpoint, tp=tp, device=device, dtype=torch.float32, **options
         )
         if not job.has_same_head:
+            return model
+        if keeps:
+            assert isinstance(model.head, PreTrainingHead)
+            own = model.head
+            model.head = PreTrainingHead(model.config, tp=tp, device=device, **kwargs)
+            model.head.lm = own.lm
+            if own.binary is not None and model.head.binary is not None:
+                model.head.binary = own.binary
+            if model.head.binary is not None and model.pooler is None:
+                raise ConfigError(
+                    f"{job.checkpoint} has no pooler, which a sentence loss works on; use "
+                    "model.dataset.sentence_loss=null"
+                )
             return model
     model.head = build_head(head, model.config, tp=tp, device=device, dtype=torch.float32, **kwargs)
     return model
@@ -253,35 +277,17 @@ def checkpoint_path(model: ModelConfig) -> Path | None:
 
 
 def encoder_overrides(model: ModelConfig) -> dict[str, Any]:
-    """Fields of BertConfig from `config_file`, else from `config`.
-
-    Names may be written with hyphens, and `max_seq_length` and `num_tokentypes` are understood;
-    `vocab_size` is left to the tokenizer, as NeMo does.
+    """Fields of BertConfig from `config_file`, else from `config`, as `stated_config` reads them.
 
     Raises:
         ConfigError: unreadable file, unknown name.
     """
     language_model = model.language_model
-    source, values = "model.language_model.config", dict(language_model.config or {})
-    if language_model.config_file:
-        source = f"model.language_model.config_file={language_model.config_file!r}"
-        try:
-            values = json.loads(Path(language_model.config_file).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{source} cannot be read: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{source} does not hold a JSON object")
-    known = set(BertConfig.__dataclass_fields__)
-    overrides = {}
-    for key, value in values.items():
-        name = _ALIASES.get(key.replace("-", "_"), key.replace("-", "_"))
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known | set(_ALIASES)), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-            raise ConfigError(f"unknown key {key} in {source}; {hint}")
-        if name != "vocab_size":
-            overrides[name] = value
-    return overrides
+    try:
+        stated = stated_config(language_model.config_file, language_model.config or None)
+    except CheckpointError as error:
+        raise ConfigError(f"model.language_model: {error}") from error
+    return {} if stated is None else dict(stated.fields)
 
 
 def find_tokenizer(model: ModelConfig, path: Path | None) -> WordPieceTokenizer:

@@ -19,6 +19,7 @@ import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import tpcore.tasks.masked_settings as masked_settings_module
 import tpcore.tasks.sections as sections_module
 import tpcore.tasks.settings as settings_module
 import tpcore.tasks.word_settings as word_settings_module
@@ -37,9 +38,29 @@ _ELSEWHERE = {
     "trainer.gpus": "the number of ranks is torchrun's --nproc-per-node",
     "trainer.devices": "the number of ranks is torchrun's --nproc-per-node",
     "trainer.num_nodes": "the number of nodes is torchrun's --nnodes",
-    "trainer.strategy": "there is one strategy; set model.tensor_model_parallel_size",
-    "trainer.amp_level": "set trainer.precision",
+    "trainer.strategy": "set model.tensor_model_parallel_size and trainer.data_parallel",
 }
+
+_NO_MEANING = {
+    "trainer.amp_level": "trainer.precision says it all",
+    "trainer.amp_backend": "trainer.precision says it all",
+    "trainer.logger": "set exp_manager.create_tensorboard_logger",
+    "trainer.checkpoint_callback": "set exp_manager.checkpoint_callback_params",
+    "trainer.enable_checkpointing": "set exp_manager.checkpoint_callback_params",
+    "trainer.progress_bar_refresh_rate": "set trainer.enable_progress_bar",
+    "trainer.enable_model_summary": "`tpcore plan` tells the sizes",
+    "trainer.weights_summary": "`tpcore plan` tells the sizes",
+    "trainer.replace_sampler_ddp": "every rank always reads its own share",
+    "trainer.use_distributed_sampler": "every rank always reads its own share",
+    "trainer.num_sanity_val_steps": "data is checked before the run",
+    "trainer.gradient_clip_algorithm": "it is always the global norm",
+    "trainer.benchmark": "there are no convolutions",
+    "trainer.sync_batchnorm": "there are no batch norms",
+    "trainer.prepare_data_per_node": "nothing is downloaded",
+    "trainer.flush_logs_every_n_steps": "logs are written at once",
+    "trainer.default_root_dir": "set exp_manager.exp_dir",
+}
+"""Keys of Lightning's Trainer in NeMo's files that change nothing here, with the reason why."""
 
 
 def load_config(
@@ -182,7 +203,13 @@ def _attribute_docstrings() -> dict[tuple[str, str], str]:
     A class that inherits a field inherits its documentation.
     """
     docs: dict[tuple[str, str], str] = {}
-    modules = (sections_module, word_settings_module, settings_module, config_module)
+    modules = (
+        sections_module,
+        word_settings_module,
+        masked_settings_module,
+        settings_module,
+        config_module,
+    )
     for node in [node for m in modules for node in ast.parse(inspect.getsource(m)).body]:
         if not isinstance(node, ast.ClassDef):
             continue
@@ -221,6 +248,8 @@ def _read_yaml(path: Path) -> tuple[DictConfig, dict[str, int]]:
         content = OmegaConf.create(text) if root is None or _is_mapping(root) else None
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not a configuration: brackets within brackets") from error
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not a YAML file: {_one_line(error)}") from error
     if not isinstance(content, DictConfig) or not (root is None or _is_mapping(root)):
@@ -298,10 +327,11 @@ def _merge(
 def _remove_without_meaning(
     content: Any, cls: type[TrainConfig], where: Callable[[str], str]
 ) -> Iterator[str]:
-    """Take the keys out of `content` that a task knows to change nothing; a line for each."""
-    table: Mapping[str, str] = get_type_hints(cls)["model"].no_meaning
+    """Take the keys out of `content` that change nothing for a task; a line for each."""
+    of_task: Mapping[str, str] = get_type_hints(cls)["model"].no_meaning
+    table = _NO_MEANING | {f"model.{key}": reason for key, reason in of_task.items()}
     for key, reason in table.items():
-        *path, leaf = f"model.{key}".split(".")
+        *path, leaf = key.split(".")
         sections = [content]
         for name in path:
             sections.append(sections[-1].get(name) if isinstance(sections[-1], dict) else None)
@@ -312,7 +342,7 @@ def _remove_without_meaning(
                 if not parent[name]:
                     del parent[name]
             shown = "null" if value is None else str(value)
-            yield f"model.{key}={shown} ({where(f'model.{key}')}) changes nothing: {reason}"
+            yield f"{key}={shown} ({where(key)}) changes nothing: {reason}"
 
 
 def _check_keys(
@@ -334,7 +364,8 @@ def _check_keys(
         if dataclasses.is_dataclass(hints[name]):
             if not isinstance(value, dict):
                 shown = "null" if value is None else repr(value)
-                children = ", ".join(f"{key}.{child}" for child in get_type_hints(hints[name]))
+                fields = dataclasses.fields(hints[name])
+                children = ", ".join(f"{key}.{field.name}" for field in fields)
                 raise ConfigError(f"{key} ({where(key)}) is {shown}, but it holds keys: {children}")
             yield from _check_keys(value, hints[name], f"{key}.", where, root)
         else:
@@ -374,4 +405,6 @@ def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, yaml.YAMLError):
         return " ".join(lines)
+    if lines and lines[0].endswith("is not a ListConfig, TupleConfig, list, or tuple."):
+        return "expected a list, as [a, b]"
     return lines[0] if lines else type(error).__name__

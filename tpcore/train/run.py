@@ -8,7 +8,7 @@ run.evaluate("validation.tsv").metrics
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +25,12 @@ from tpcore.models.config import BertConfig
 from tpcore.models.heads import build_head
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
 from tpcore.tasks import Dataset, Task, task_class
+from tpcore.tasks.sections import DataConfig
 from tpcore.tokenizer import WordPieceTokenizer
 from tpcore.train.checkpoint_files import (
     find_checkpoint,
-    find_file,
     list_checkpoints,
     read_all_ranks,
-    read_checkpoint,
     read_manifest,
 )
 from tpcore.train.config import TrainConfig
@@ -41,6 +40,7 @@ from tpcore.train.read_config import load_config
 from tpcore.train.run_folder import CONFIG_FILE, MODEL_FILE, TASK_FILE
 from tpcore.train.run_state import TOKENIZER_FOLDER, find_run, read_json
 from tpcore.train.training_state import own_weights
+from tpcore.train.with_head import load_with_head
 
 
 @dataclass(frozen=True)
@@ -56,24 +56,38 @@ class Run:
     dp: DataParallelGroup
     device: torch.device
 
-    def predict(self, inputs: Iterable[Any], *, batch_size: int = 64) -> list[Any]:
-        """One prediction for each input, in order; what inputs are is up to the task."""
+    def predict(
+        self,
+        inputs: Iterable[Any],
+        *,
+        batch_size: int = 64,
+        max_tokens_per_batch: int | None = None,
+    ) -> list[Any]:
+        """One prediction for each input, in order; what inputs are is up to the task.
+
+        Batches hold inputs of similar length: `batch_size` of them, or as many as have
+        `max_tokens_per_batch` tokens.
+        """
         if isinstance(inputs, str | bytes):
             raise TypeError(f"inputs is one {type(inputs).__name__}; expected several, as [text]")
         dataset = self.task.from_inputs(inputs)
         if not dataset.examples:
             return []
-        return self.evaluate_dataset(dataset, batch_size).predictions
+        return self.evaluate_dataset(dataset, batch_size, max_tokens_per_batch).predictions
 
     def evaluate(
-        self, path: str | os.PathLike[str] | None = None, *, batch_size: int | None = None
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        batch_size: int | None = None,
+        max_tokens_per_batch: int | None = None,
     ) -> Evaluation:
         """Loss, metrics and predictions on a labelled file; None: the run's test or validation set.
 
         Raises:
             DataError: the file cannot be used.
         """
-        return self.evaluate_dataset(self.load(path), batch_size)
+        return self.evaluate_dataset(self.load(path), batch_size, max_tokens_per_batch)
 
     def load(self, path: str | os.PathLike[str] | None = None) -> Dataset:
         """The dataset that `evaluate` would read."""
@@ -83,13 +97,26 @@ class Run:
             raise ValueError(f"{self.path} has no test or validation file; give one")
         return self.task.load(source)
 
-    def evaluate_dataset(self, dataset: Dataset, batch_size: int | None = None) -> Evaluation:
-        """The same on a dataset that `load` or the task has read."""
+    def evaluate_dataset(
+        self,
+        dataset: Dataset,
+        batch_size: int | None = None,
+        max_tokens_per_batch: int | None = None,
+    ) -> Evaluation:
+        """The same on a dataset that `load` or the task has read.
+
+        Without a size, batches are those of the run's validation data.
+        """
+        data: DataConfig = self.config.model.validation_ds
+        if batch_size or max_tokens_per_batch:
+            data = DataConfig(
+                batch_size=batch_size or data.batch_size, max_tokens_per_batch=max_tokens_per_batch
+            )
         return evaluate(
             self.model,
             self.task,
             dataset,
-            batch_size=batch_size or self.config.model.validation_ds.batch_size,
+            data=data,
             dp=self.dp,
             device=self.device,
         )
@@ -102,15 +129,19 @@ def load_run(
     dp: DataParallelGroup | None = None,
     which: str = "best",
     device: torch.device | str | None = None,
+    settings: Sequence[str] | None = None,
 ) -> Run:
     """Load a run at the size of `tp`, whatever size it was trained at.
 
     Args:
-        path: a run folder, a folder above it: then its newest run, or the `.nemo` file of a run.
+        path: a run folder, a folder above it: then its newest run, or the `.nemo` file of a run;
+            with `settings`, a checkpoint of any format that has a head.
         tp: None: this process alone.
         dp: None: this process alone.
         which: the checkpoint: "best", "last" or a file name.
         device: where the model goes; None: the CPU.
+        settings: `key=value` of a configuration for a checkpoint that is no run: `task=...`, and
+            what else the task needs to know.
 
     Raises:
         CheckpointError: no run, a missing or damaged file, a size that does not divide the heads.
@@ -118,8 +149,8 @@ def load_run(
     tp = TensorParallelGroup.single() if tp is None else tp
     dp = DataParallelGroup.single() if dp is None else dp
     target = torch.device(device or "cpu")
-    if Path(path).is_file():
-        loaded = load_nemo(Path(path), tp)
+    if settings or Path(path).is_file():
+        loaded = load_with_head(path, settings, tp) if settings else load_nemo(Path(path), tp)
         return Run(
             path=Path(path),
             checkpoint=Path(path).name,
@@ -192,7 +223,6 @@ def describe_run(path: Path) -> dict[str, Any]:
     """Facts about a run, for people and JSON; reads no weights."""
     filename = find_checkpoint(path)
     manifest = read_manifest(path, filename)
-    content = read_checkpoint(find_file(path, manifest, 0))
     description = read_json(path / MODEL_FILE)
     return {
         "path": str(path),
@@ -202,10 +232,10 @@ def describe_run(path: Path) -> dict[str, Any]:
         "head_kwargs": description["head_kwargs"],
         "checkpoints": sorted(manifest.filename for manifest in list_checkpoints(path)[0]),
         "best checkpoint": filename,
-        "epoch": content["epoch"],
-        "global_step": content["global_step"],
-        "metrics": content["metrics"],
-        "tensor_model_parallel_size": content["tensor_model_parallel_size"],
+        "epoch": manifest.epoch,
+        "global_step": manifest.global_step,
+        "metrics": dict(manifest.metrics),
+        "tensor_model_parallel_size": len(manifest.files),
         "config": description["config"],
     }
 

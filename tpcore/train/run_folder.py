@@ -7,6 +7,7 @@ from pathlib import Path
 CONFIG_FILE = "config.yaml"
 MODEL_FILE = "model_config.json"
 TASK_FILE = "task.json"
+REVIEW_FILE = "validation.json"
 
 
 def is_run(path: Path) -> bool:

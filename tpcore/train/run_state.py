@@ -101,6 +101,12 @@ def check_writable(path: Path) -> None:
         ConfigError: names the folder and the key that chose it.
     """
     where = "exp_manager.exp_dir, name and version"
+    missing = [name for name in (MODEL_FILE, TASK_FILE) if not (path / name).exists()]
+    if (path / CONFIG_FILE).exists() and missing:
+        raise ConfigError(
+            f"{path} ({where}) holds a run whose {' and '.join(missing)} is missing; restore that, "
+            "or choose another version or name"
+        )
     if (path / CONFIG_FILE).exists():
         raise ConfigError(
             f"{path} ({where}) already holds a run; choose another version or name, or continue it "
@@ -171,7 +177,10 @@ def continue_run(path: Path, config: TrainConfig, environment: Mapping[str, Any]
     """
     recover(path)
     (path / RESULT_FILE).unlink(missing_ok=True)
-    sessions = read_json(path / ENVIRONMENT_FILE).get("sessions", [])
+    sessions: list[Any] = []
+    with suppress(CheckpointError):  # facts alone: a run without them goes on
+        found = read_json(path / ENVIRONMENT_FILE).get("sessions")
+        sessions = found if isinstance(found, list) else []
     write_json_atomically(path / ENVIRONMENT_FILE, {"sessions": [*sessions, environment]})
     temporary = path / f".{CONFIG_FILE}.tmp"
     save_config(config, temporary)
@@ -184,8 +193,8 @@ def forget_metrics_after(path: Path, step: int) -> None:
     if not file.exists():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        with suppress(ValueError, KeyError):  # the last line may have been cut off
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        with suppress(ValueError, KeyError, TypeError):  # the last line may have been cut off
             if json.loads(line)["step"] <= step and line.endswith("\n"):
                 kept.append(line)
     temporary = path / f".{METRICS_FILE}.tmp"
@@ -200,7 +209,10 @@ _MAY_CHANGE = (
     "trainer.log_every_n_steps",
     "trainer.accelerator",
     "trainer.num_threads",
+    "trainer.compile",
     "trainer.enable_progress_bar",
+    "trainer.peak_tflops",
+    "trainer.data_parallel",
     "trainer.timeout_s",
     "model.tensor_model_parallel_size",
     "model.sequence_parallel",

@@ -14,6 +14,7 @@ from tpcore.checkpoint.errors import CheckpointError
 from tpcore.models.bert import BertModel
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
 from tpcore.parallel.sharding import Sharding
+from tpcore.tasks.sections import DataConfig
 from tpcore.tasks.task import Dataset, Example
 from tpcore.train.checkpoint_files import (
     CHECKPOINT_FOLDER,
@@ -35,8 +36,8 @@ from tpcore.train.facts import environment_facts
 from tpcore.train.keeper import CheckpointKeeper, EarlyStopping, Kept
 from tpcore.train.launch import of_first_rank, on_all_ranks
 from tpcore.train.logging import RunLog
-from tpcore.train.nemo_file import save_nemo
-from tpcore.train.precision import LossScaler, Weights
+from tpcore.train.nemo_file import rebuild, save_nemo
+from tpcore.train.precision import LossScaler, Weights, precision_of
 from tpcore.train.prepare import Job
 from tpcore.train.run_state import (
     RESULT_FILE,
@@ -164,7 +165,7 @@ class RunStore:
 
     # --- the folder -----------------------------------------------------------------------------
 
-    def check_monitor(self, evaluate: Callable[[Dataset, int], Evaluation]) -> None:
+    def check_monitor(self, evaluate: Callable[[Dataset, DataConfig], Evaluation]) -> None:
         """Refuse a metric that `evaluate` does not give, before anything is written."""
         keys = {"checkpoint_callback_params": self.monitor[0]}
         if self.stopping is not None:
@@ -175,7 +176,7 @@ class RunStore:
         if not keys or source is None:
             return
         few = self.job.task.load(source, num_samples=2)
-        known = named_metrics(evaluate(few, 2), "val")
+        known = named_metrics(evaluate(few, DataConfig(batch_size=2)), "val")
         for key, metric in keys.items():
             if metric not in known:
                 raise ConfigError(
@@ -189,6 +190,10 @@ class RunStore:
         facts = environment_facts(self.tp, self.dp, device) if self.is_first else {}
         notes: list[str] = []
 
+        def note(text: str) -> None:
+            if text not in notes:
+                notes.append(text)
+
         def prepare() -> list[Manifest]:
             if not self.is_first:
                 return []
@@ -197,8 +202,9 @@ class RunStore:
                 self.log.open_folder(self.path, tensorboard=self._tensorboard)
                 return []
             notes.extend(check_resumable(self.path, self.config))
+            notes.extend(f"passed over: {text}" for text in list_checkpoints(self.path)[1])
             continue_run(self.path, self.config, facts)
-            found = usable_checkpoints(self.path, notes.append)
+            found = usable_checkpoints(self.path, note)
             step = found[0].global_step if found else 0
             forget_metrics_after(self.path, step)
             self.log.open_folder(self.path, tensorboard=self._tensorboard, first_step=step + 1)
@@ -207,8 +213,8 @@ class RunStore:
         found = of_first_rank(on_all_ranks(prepare, self.tp, self.dp), self.tp, self.dp)
         if not self.resumes:
             return
-        for note in notes:
-            self.log.info(note)
+        for text in notes:
+            self.log.info(text)
         if not found:
             self.log.info(f"{self.path} has no usable checkpoint; the run begins anew")
             return
@@ -287,9 +293,14 @@ class RunStore:
         path = self.path / CHECKPOINT_FOLDER / f"{self.config.exp_manager.name}.nemo"
         self.beat(f"writing {path.name}")
         error: ValueError | None = None
+        model, weights = self.state.model, self.state.weights
+        state = weights.state_dict() if weights.is_wrapped else {}
         if self.dp.rank == 0:
             try:
-                save_nemo(self.state.model, self.job.task, self.config, path)
+                if weights.is_wrapped:
+                    dtype = precision_of(self.config.trainer.precision).weights
+                    model = rebuild(model, self.job.task, state, dtype)
+                save_nemo(model, self.job.task, self.config, path)
             except ValueError as caught:
                 error = caught
 
@@ -306,7 +317,7 @@ class RunStore:
             "state_dict": weights,
             "sharded_dim": sharded_dims(state.shardings, list(weights)),
             "training": {
-                "optimizer": optimizer_state(state.optimizer, state.weights.main),
+                "optimizer": optimizer_state(state.optimizer, state.weights),
                 "group_steps": group_steps(state.optimizer),
                 "scaler": state.scaler.state_dict(),
                 "stopping": None if self.stopping is None else self.stopping.state_dict(),
@@ -334,8 +345,8 @@ class RunStore:
             self._load_weights(files, manifest.filename)
             load_optimizer_state(
                 state.optimizer,
-                state.weights.main,
-                own_optimizer_state(files, state.model, state.weights.main),
+                state.weights,
+                own_optimizer_state(files, state.model, state.weights.templates()),
             )
             load_group_steps(state.optimizer, training["group_steps"])
             state.scaler.load_state_dict(training["scaler"])
@@ -359,7 +370,7 @@ class RunStore:
 
     def _load_weights(self, files: Sequence[Mapping[str, Any]], filename: str) -> None:
         weights = self.state.weights
-        own = own_weights(files, self.state.model, weights.state_dict(), f"{self.path}: {filename}")
+        own = own_weights(files, self.state.model, weights.templates(), f"{self.path}: {filename}")
         weights.load_state_dict(own)
 
     # --- messages -------------------------------------------------------------------------------

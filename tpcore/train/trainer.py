@@ -15,14 +15,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tpcore.memory import peak_memory_bytes
 from tpcore.models.bert import BertModel
 from tpcore.parallel.collectives import all_reduce
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
 from tpcore.parallel.random import step_seed
 from tpcore.parallel.sharding import sharding_table
-from tpcore.tasks.task import Dataset, Example
+from tpcore.tasks.sections import DataConfig
+from tpcore.tasks.task import Dataset, Example, TaskBatch, VariesByEpoch
+from tpcore.train.batching import epoch_batches, own_share
 from tpcore.train.checkpoint_files import Progress
+from tpcore.train.data_parallel import parallelize
 from tpcore.train.evaluation import Evaluation, evaluate, named_metrics
 from tpcore.train.faults import (
     SIGNALS,
@@ -35,21 +37,20 @@ from tpcore.train.faults import (
     watchdog_store,
 )
 from tpcore.train.gradients import (
-    clip_gradients,
+    clip_factor,
     gradient_norm,
     has_overflow,
     scale_gradients,
     sum_gradients,
 )
 from tpcore.train.logging import RunLog, format_metrics
-from tpcore.train.optimizer import build_optimizer, freeze, set_learning_rate
-from tpcore.train.precision import LossScaler, Weights, precision_of
+from tpcore.train.optimizer import build_optimizer, freeze, set_learning_rate, step_weights
+from tpcore.train.precision import LossScaler, precision_of
 from tpcore.train.prepare import Job
+from tpcore.train.review import write_review
 from tpcore.train.run_state import RunChoice
 from tpcore.train.saving import FitResult, Position, RunStore, TrainingState
-
-_ORDER_STREAM = 1 << 32
-"""Added to the epoch so that data order and dropout, which counts steps, use different seeds."""
+from tpcore.train.utilization import Utilization, device_memory_bytes
 
 
 class StepResult(NamedTuple):
@@ -92,9 +93,12 @@ class Trainer:
         self.device = next(model.parameters()).device
         self.num_frozen = freeze(model, self.config.model.frozen_parameters)
         self.precision = precision_of(self.config.trainer.precision)
-        self.weights = Weights(model, self.precision)
         self.shardings = sharding_table(model)
-        self.optimizer = build_optimizer(self.weights.main, self.config.model.optim)
+        kind = self.config.trainer.data_parallel
+        self.loss_sums, self.weights = parallelize(model, self.task, dp, kind, self.precision)
+        self.optimizer = build_optimizer(
+            self.weights.main, self.config.model.optim, self.weights.copies
+        )
         self.scaler = LossScaler(
             self.config.trainer.loss_scale,
             self.config.trainer.loss_scale_window,
@@ -102,9 +106,19 @@ class Trainer:
         )
         self.schedule = job.schedule
         self.seed = self.config.trainer.seed
+        self.utilization = Utilization(
+            job.encoder,
+            tensor_parallel_size=tp.size,
+            data_parallel_size=dp.size,
+            device=self.device,
+            dtype=self.precision.autocast or self.precision.weights,
+            # Only the rank that speaks measures; a speed that nobody sees costs a second.
+            peak_tflops=self.config.trainer.peak_tflops if log.enabled else 0.0,
+        )
+        self.num_predicted = 0
         self.position = Position()
         # A rank with an empty share must still know how many terms the loss has.
-        self.num_terms = len(self.task.label_counts(self.task.collate(job.train.examples[:1])))
+        self.num_terms = len(self.task.label_counts(self._some_batch()))
         self.signals = StopSignals()
         self.watchdog = Watchdog(
             watchdog_store(),
@@ -144,7 +158,7 @@ class Trainer:
         self.store.check_monitor(self.evaluate)
         self.store.open()
         started, tokens = time.perf_counter(), self.position.tokens
-        self.log.start_progress(self.job.total_steps)
+        self.log.start_progress(self.job.total_steps, self.global_step)
         with self.signals, self.watchdog:
             self._train()
             self.log.stop_progress()
@@ -186,13 +200,13 @@ class Trainer:
             done: steps to leave out.
         """
         examples = self.job.train.examples
-        data = self.config.model.train_ds
-        order = epoch_order(len(examples), self.seed, epoch, shuffle=data.shuffle)
-        step = data.batch_size * self.config.trainer.accumulate_grad_batches
-        for start in range(done * step, len(order), step):
-            own = order[start : start + step]
-            starts = range(0, len(own), data.batch_size)
-            yield [[examples[i] for i in own[s : s + data.batch_size]] for s in starts]
+        # Batches follow from the data as they were read, whatever an epoch makes of them.
+        batches = epoch_batches(examples, self.config.model.train_ds, self.seed, epoch)
+        if isinstance(self.task, VariesByEpoch):
+            examples = self.task.examples_at(self.job.train, self.seed, epoch)
+        size = self.config.trainer.accumulate_grad_batches
+        for start in range(done * size, len(batches), size):
+            yield [[examples[i] for i in batch] for batch in batches[start : start + size]]
 
     def train_step(self, batches: Sequence[Sequence[Example]], lr: float) -> StepResult:
         """One optimizer step over whole batches.
@@ -207,24 +221,31 @@ class Trainer:
         counts = self._over_ranks(counts.to(self.device))
         divisor = torch.where(counts > 0, counts, 1.0).float()
 
+        heads = [batch.head_labels for batch in cut if batch.head_labels is not None]
+        self.num_predicted = sum(len(labels.index) for labels in heads)
         seed = torch.tensor([self.run_key], device=self.device)
         total = torch.zeros(self.num_terms, dtype=torch.float64, device=self.device)
         self.weights.zero_gradients()
-        for batch in cut:
-            with self.precision.context(self.device):
-                output = self.model.forward_packed(batch.packed, seed=seed)
-                sums = self.task.loss_sums(output, batch)
-            ((sums / divisor).sum() * self.scaler.scale).backward()
+        # Ranks that meet in the backward must all have one, those that meet in layers equally many.
+        num_batches = len(shares) if self.loss_sums.in_step else int(self.loss_sums.meets)
+        idle = [self._some_batch()] * (num_batches - len(cut))
+        for number, batch in enumerate([*cut, *idle], start=1):
+            with self.loss_sums.context(is_last=number == len(cut) + len(idle)):
+                with self.precision.context(self.device):
+                    sums = self.loss_sums(batch, seed) * float(number <= len(cut))
+                ((sums / divisor).sum() * self.scaler.scale).backward()
             total += sums.detach()
         self.weights.collect_gradients()
         parameters = self.weights.main.values()
-        sum_gradients(parameters, self.dp)
+        if not self.loss_sums.meets:
+            sum_gradients(parameters, self.dp)
         overflow = False
         if self.scaler.enabled:
             scale_gradients(parameters, 1 / self.scaler.scale)
             overflow = has_overflow(parameters)
         flags = [float(overflow), *self.signals.flags]
-        norm, flags = gradient_norm(self.weights.main, self.shardings, self.tp, flags)
+        main, shards = self.weights.main, self.weights.shards
+        norm, flags = gradient_norm(main, self.shardings, self.tp, flags, shards)
         # What one rank knows, all must know before one of them decides.
         known = all_reduce(torch.cat([total, total.new_tensor(flags)]), self.dp)
         loss = (known[: self.num_terms] / divisor).sum().item()
@@ -234,28 +255,34 @@ class Trainer:
         self.scaler.update(overflow=result.skipped)
         if result.skipped:
             return result
-        if self.config.trainer.gradient_clip_val is not None:
-            clip_gradients(parameters, norm, self.config.trainer.gradient_clip_val)
+        clip = self.config.trainer.gradient_clip_val
         set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
-        self.weights.publish()
+        step_weights(
+            self.optimizer, self.weights, None if clip is None else clip_factor(norm, clip)
+        )
         return result
+
+    def _some_batch(self) -> TaskBatch:
+        """For a rank without examples."""
+        return self.task.collate(self.job.train.examples[:1], self.device)
 
     def _over_ranks(self, counts: Tensor) -> Tensor:
         """Label counts of the whole step. An average of per-rank means would not be its loss."""
         return all_reduce(counts, self.dp)
 
-    def evaluate(self, dataset: Dataset, batch_size: int) -> Evaluation:
+    def evaluate(self, dataset: Dataset, data: DataConfig) -> Evaluation:
         """The model as it is now, over a dataset; equal on all ranks."""
         return evaluate(
             self.model,
             self.task,
             dataset,
-            batch_size=batch_size,
+            data=data,
             dp=self.dp,
             device=self.device,
             autocast=lambda: self.precision.context(self.device),
             beat=self.watchdog.beat,
+            predict=self.loss_sums.predict,
+            in_step=self.loss_sums.in_step,
         )
 
     def _logged_step(self, batches: Sequence[Sequence[Example]]) -> int | None:
@@ -275,7 +302,17 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "tokens": tokens,
             "tokens_per_s": tokens / duration_s,
+            "memory_mib": device_memory_bytes(self.device) / 2**20,
         }
+        lengths = [len(example) for batch in batches for example in batch]
+        utilization = self.utilization.of_step(
+            lengths,
+            self.num_predicted,
+            duration_s,
+            first_tokens_only=self.model.reads_first_tokens,
+        )
+        if utilization is not None:
+            record["mfu"] = utilization
         if self.scaler.enabled:
             record |= {"loss_scale": self.scaler.scale, "skipped": result.skipped}
         due = self.global_step % self.config.trainer.log_every_n_steps == 0
@@ -307,10 +344,13 @@ class Trainer:
         epoch, step = self.position.epoch, self.global_step
         if self.job.validation is not None:
             self.watchdog.beat(f"validation after step {step}")
-            batch_size = self.config.model.validation_ds.batch_size
-            metrics = named_metrics(self.evaluate(self.job.validation, batch_size), "val")
+            evaluation = self.evaluate(self.job.validation, self.config.model.validation_ds)
+            metrics = named_metrics(evaluation, "val")
             duration_s = time.perf_counter() - started
             self.log.metrics({"step": step, "epoch": epoch, **metrics})
+            if self.log.enabled:
+                data, log = self.job.validation, self.log
+                write_review(self.run_path, data, evaluation, epoch=epoch, step=step, log=log)
             shown = " | ".join(f"{name} {value}" for name, value in format_metrics(metrics))
             self.log.info(f"epoch {epoch} | step {step} | {shown} | {duration_s:.1f} s")
         self.position.is_validated = True
@@ -329,7 +369,7 @@ class Trainer:
         if self.job.test is None:
             return {}
         self.watchdog.beat("the test")
-        evaluation = self.evaluate(self.job.test, self.config.model.test_ds.batch_size)
+        evaluation = self.evaluate(self.job.test, self.config.model.test_ds)
         metrics = named_metrics(evaluation, "test")
         self.log.metrics({"step": self.global_step, **metrics})
         return metrics
@@ -338,7 +378,7 @@ class Trainer:
         rows = [
             ("optimizer steps", str(result.global_step)),
             ("time", f"{duration_s:.1f} s, {tokens / duration_s:.0f} tokens/s"),
-            ("memory of rank 0", f"{peak_memory_bytes() / 2**20:.0f} MiB at its peak"),
+            ("memory of rank 0", f"{device_memory_bytes(self.device) / 2**20:.0f} MiB at its peak"),
         ]
         if self.num_frozen:
             rows.append(("frozen parameters", str(self.num_frozen)))
@@ -348,16 +388,3 @@ class Trainer:
         rows += format_metrics(result.test)
         rows.append(("run", str(result.path)))
         self.log.table(f"{self.config.exp_manager.name}: finished", rows)
-
-
-def epoch_order(num_examples: int, seed: int, epoch: int, *, shuffle: bool = True) -> list[int]:
-    """The order of the examples in an epoch: a function of the seed and the epoch alone."""
-    if not shuffle:
-        return list(range(num_examples))
-    generator = torch.Generator().manual_seed(step_seed(seed, _ORDER_STREAM + epoch))
-    return torch.randperm(num_examples, generator=generator, device="cpu").tolist()
-
-
-def own_share(batch: Sequence[Example], dp: DataParallelGroup) -> list[Example]:
-    """Every `dp.size`-th example in order of length, so that ranks get about as many tokens."""
-    return sorted(batch, key=lambda example: (len(example), example.index))[dp.rank :: dp.size]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from tpcore.checkpoint.errors import CheckpointError
 from tpcore.checkpoint.names import VOCABULARY_PARAMETERS
@@ -20,6 +20,7 @@ from tpcore.checkpoint.state import resize_vocabulary
 from tpcore.models.bert import BertModel
 from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup
 from tpcore.parallel.sharding import Replicated, Sharded, Sharding, shard, unshard
+from tpcore.train.precision import Weights
 
 OptimizerState = dict[str, dict[str, Any]]
 """By parameter: tensors of its shape, and numbers."""
@@ -40,33 +41,32 @@ def _dim(sharding: Sharding) -> int | None:
 # --- optimizer ----------------------------------------------------------------------------------
 
 
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> OptimizerState:
-    """The state of every parameter that has been stepped, on the CPU."""
-    state = {}
-    for name, parameter in parameters.items():
-        if parameter in optimizer.state:
-            state[name] = {
-                key: value.detach().cpu() if isinstance(value, Tensor) else value
-                for key, value in optimizer.state[parameter].items()
-            }
+def optimizer_state(optimizer: torch.optim.Optimizer, weights: Weights) -> OptimizerState:
+    """The state of every parameter that has been stepped, on the CPU; all ranks call it."""
+    state: OptimizerState = {}
+    for name, parameter in weights.main.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                value = value.detach()
+                value = weights.whole(name, value) if value.shape == parameter.shape else value
+                value = value.cpu()
+            state.setdefault(name, {})[key] = value
     return state
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer,
-    parameters: Mapping[str, nn.Parameter],
-    state: OptimizerState,
+    optimizer: torch.optim.Optimizer, weights: Weights, state: OptimizerState
 ) -> None:
     """Put back what `optimizer_state` gave."""
     optimizer.state.clear()
     for name, entries in state.items():
-        parameter = parameters[name]
-        optimizer.state[parameter] = {
-            key: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
-            for key, value in entries.items()
-        }
+        parameter, own = weights.main[name], {}
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                value = weights.own_part(name, value) if value.ndim else value
+                value = value.to(parameter.device, copy=True)
+            own[key] = value
+        optimizer.state[parameter] = own
 
 
 def group_steps(optimizer: torch.optim.Optimizer) -> list[Any]:
