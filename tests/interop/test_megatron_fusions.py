@@ -162,6 +162,12 @@ def test_mixed_layer_norm_has_the_dtype_of_its_parameters(
 def test_the_spellings_of_three_libraries():
     apex = FusedLayerNorm(16, 1e-3, False)
     assert (apex.eps, apex.weight) == (1e-3, None)
+    assert FusedLayerNorm(16, 1e-5, True, True).memory_efficient
+    named = FusedLayerNorm(config=ModelParallelConfig(), hidden_size=16, eps=1e-4)
+    assert (named.eps, named.normalized_shape) == (1e-4, (16,))
+    assert FusedLayerNorm(ModelParallelConfig(), 16, 1e-4, True, True).zero_centered_gamma
+    with pytest.raises(TypeError, match="needs normalized_shape, or config, hidden_size"):
+        FusedLayerNorm()
     core = FusedLayerNorm(ModelParallelConfig(), 16, 1e-4, zero_centered_gamma=True)
     assert core.eps == 1e-4
     assert core.weight.tolist() == [0.0] * 16

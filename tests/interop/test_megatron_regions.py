@@ -58,6 +58,16 @@ REGIONS = {
         lambda r, n, xs: sum(xs).chunk(n)[r],
         lambda r, n, gs: torch.cat(gs),
     ),
+    "all_gather_last_dim_from_tensor_parallel_region": (
+        (),
+        lambda r, n, xs: torch.cat(xs, -1),
+        lambda r, n, gs: sum(gs).chunk(n, -1)[r],
+    ),
+    "reduce_scatter_last_dim_to_tensor_parallel_region": (
+        (),
+        lambda r, n, xs: sum(xs).chunk(n, -1)[r],
+        lambda r, n, gs: torch.cat(gs, -1),
+    ),
 }
 
 
@@ -77,6 +87,14 @@ def _check_regions(tp):
     x = torch.ones(2, 3, requires_grad=True)
     (grad,) = torch.autograd.grad(region(x, to_model_parallel=False).sum(), x)
     assert torch.equal(grad, torch.ones(2, 3))
+    with pytest.raises(ValueError, match="output_split_sizes is not None"):
+        region(x, True, None, [1, 1])
+    scatter = tensor_parallel.reduce_scatter_to_sequence_parallel_region
+    with pytest.raises(ValueError, match="input_split_sizes is not None"):
+        scatter(x, None, [1, 1])
+    equal = torch.ones(4, 3)  # as Megatron-Core's own callers write it
+    assert region(equal, True, None, None, True).shape == (4 * tp.size, 3)
+    assert scatter(equal, None, None, use_global_buffer=True).shape == (4 // tp.size, 3)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -157,6 +175,9 @@ def _check_streams(tp):
     assert torch.equal(torch.rand(6), forked)
     with tracker.fork():
         assert torch.equal(torch.rand(6), torch.rand(6, generator=_after(6, 3952 + tp.rank)))
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, tp_rank=5)
+    with tracker.fork():
+        assert torch.equal(torch.rand(6), torch.rand(6, generator=_after(0, 3957)))
 
 
 def _after(draws, seed):

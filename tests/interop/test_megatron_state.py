@@ -39,7 +39,7 @@ def _check_getters(tp):
 
 
 def _check_one_stage(tp):
-    rank = dist.get_rank()
+    rank, members = dist.get_rank(), dist.get_process_group_ranks
     assert parallel_state.get_pipeline_model_parallel_world_size() == 1
     assert parallel_state.get_pipeline_model_parallel_rank() == 0
     assert parallel_state.is_pipeline_first_stage(ignore_virtual=True)
@@ -47,10 +47,17 @@ def _check_one_stage(tp):
     assert parallel_state.get_pipeline_model_parallel_next_rank() == rank
     assert parallel_state.get_virtual_pipeline_model_parallel_rank() is None
     assert parallel_state.get_context_parallel_world_size() == 1
+    assert members(parallel_state.get_tensor_and_data_parallel_group()) == [0, 1, 2, 3]
+    data = parallel_state.get_data_parallel_group()
+    assert parallel_state.get_data_parallel_group_gloo() is data
+    assert parallel_state.get_rank_info() == (rank // 2, rank % 2, 0, 0)
+    assert parallel_state.is_rank_in_position_embedding_group()
     if rank == 1:  # a group of one rank needs no other
         group = parallel_state.get_pipeline_model_parallel_group()
-        assert dist.get_process_group_ranks(group) == [1]
+        assert members(group) == [1]
         assert parallel_state.get_embedding_group() is group
+        assert parallel_state.get_position_embedding_group() is group
+        assert parallel_state.get_context_parallel_group() is group
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -71,6 +78,10 @@ def _check_spelling(tp, dp):
         parallel_state.initialize_model_parallel(2)
     parallel_state.destroy_model_parallel()
     assert not parallel_state.model_parallel_is_initialized()
+    assert parallel_state.get_rank_info() == (0, 0, 0, 0)
+    assert parallel_state.get_embedding_group(check_initialized=False) is None
+    parallel_state.initialize_model_parallel(2, 1, None, None)
+    parallel_state.destroy_model_parallel()
     parallel_state.destroy_model_parallel()
     with pytest.raises(ValueError, match="tensor_parallel_size=3 does not divide the world size"):
         parallel_state.initialize_model_parallel(3)
@@ -104,7 +115,7 @@ def _check_cycles(tp, dp, cycles):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts what Linux shows of a process")
-@pytest.mark.parametrize("cycles", [12, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cycles", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_starting_and_stopping_leaks_nothing(cycles):
     run_mesh(_check_cycles, 2, 2, cycles)
 

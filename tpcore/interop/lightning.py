@@ -16,6 +16,7 @@ tensor-parallel rank saves a checkpoint of its own, `<folder>/mp_rank_XX/<name>.
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 from pathlib import Path
@@ -31,7 +32,12 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-from tpcore.parallel.group import DataParallelGroup, TensorParallelGroup, init_parallel
+from tpcore.parallel.group import (
+    DataParallelGroup,
+    TensorParallelGroup,
+    destroy_parallel,
+    init_parallel,
+)
 from tpcore.parallel.sharding import sharding_table
 from tpcore.train.gradients import clip_gradients, gradient_norm
 
@@ -43,8 +49,8 @@ class TensorParallelStrategy(DDPStrategy):
 
     The groups exist from `configure_model` on, as `trainer.strategy.tp` and `.dp`; a module whose
     layers are made in `__init__`, before the ranks know each other, cannot be split. Every rank
-    must draw the same initial weights, so seeds have to be equal: `lightning.seed_everything`, or
-    none at all.
+    must draw the same initial weights, so seeds have to be equal: call `lightning.seed_everything`
+    (torch's own first seed is another one in every process).
 
     Args:
         tensor_parallel_size: ranks that share a copy of the model; divides the number of ranks.
@@ -74,6 +80,10 @@ class TensorParallelStrategy(DDPStrategy):
             ValueError: the size does not divide the number of ranks, or seeds differ.
         """
         super().setup_distributed()
+        if dist.get_backend() == "gloo":
+            # Its threads may still release tensors, for which they need an interpreter; Lightning
+            # itself closes NCCL's only.
+            atexit.register(destroy_parallel)
         timeout = self._timeout or default_pg_timeout
         self.tp, self.dp = init_parallel(
             self.tensor_parallel_size, timeout_s=timeout.total_seconds()

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tpcore.parallel.collectives import barrier
 from tpcore.parallel.group import (
     DataParallelGroup,
     ParallelGroup,
@@ -68,6 +67,7 @@ def initialize_model_parallel(
     tensor_model_parallel_size: int = 1,
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
+    pipeline_model_parallel_split_rank: int | None = None,
     *,
     distributed_timeout_minutes: float = 30,
     **others: Any,
@@ -81,6 +81,7 @@ def initialize_model_parallel(
         tensor_model_parallel_size: ranks that share one copy of the model; divides the world size.
         pipeline_model_parallel_size: 1.
         virtual_pipeline_model_parallel_size: None.
+        pipeline_model_parallel_split_rank: None.
         distributed_timeout_minutes: how long a collective waits for the other ranks.
         others: further arguments of Megatron-Core and apex, whose names may end in an underscore as
             apex writes them. Those that ask for pipeline, context or expert parallelism are
@@ -95,6 +96,7 @@ def initialize_model_parallel(
         "tensor_model_parallel_size": tensor_model_parallel_size,
         "pipeline_model_parallel_size": pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": virtual_pipeline_model_parallel_size,
+        "pipeline_model_parallel_split_rank": pipeline_model_parallel_split_rank,
     }
     wanted.update({name.removesuffix("_"): value for name, value in others.items()})
     for name in _ONE_OF_EACH:
@@ -112,10 +114,6 @@ def initialize_model_parallel(
             "the model-parallel groups exist already; call destroy_model_parallel() first"
         )
     tensor, data = init_parallel(size, timeout_s=60 * distributed_timeout_minutes)
-    # gloo connects the ranks of a group one by one: who destroyed it before all of them were
-    # connected would break it for the rest.
-    barrier(tensor)
-    barrier(data)
     _state = _State(tensor, data)
 
 
@@ -220,6 +218,19 @@ def get_data_parallel_group(
     return _groups().data.process_group
 
 
+# gloo serves CPU tensors in that group, beside NCCL where there is CUDA.
+get_data_parallel_group_gloo = get_data_parallel_group
+
+
+def get_tensor_and_data_parallel_group(
+    check_initialized: bool = True, with_context_parallel: bool = False
+) -> dist.ProcessGroup | None:
+    """All ranks; None without torch.distributed."""
+    if check_initialized:
+        _groups()
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
 def get_data_parallel_world_size(
     with_context_parallel: bool = False, partial_data_parallel: bool = False
 ) -> int:
@@ -255,14 +266,22 @@ def _own_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def get_pipeline_model_parallel_group() -> dist.ProcessGroup | None:
+def get_pipeline_model_parallel_group(check_initialized: bool = True) -> dist.ProcessGroup | None:
     """A group of this rank alone."""
-    return _own_group()
+    return None if _state is None and not check_initialized else _own_group()
 
 
-def get_embedding_group() -> dist.ProcessGroup | None:
+def get_context_parallel_group(check_initialized: bool = True) -> dist.ProcessGroup | None:
+    """A group of this rank alone."""
+    return None if _state is None and not check_initialized else _own_group()
+
+
+def get_embedding_group(check_initialized: bool = True) -> dist.ProcessGroup | None:
     """The ranks that hold copies of the word embedding: this one alone."""
-    return _own_group()
+    return None if _state is None and not check_initialized else _own_group()
+
+
+get_position_embedding_group = get_embedding_group
 
 
 def get_pipeline_model_parallel_world_size() -> int:
@@ -313,6 +332,21 @@ def is_rank_in_embedding_group(ignore_virtual: bool = False, vp_stage: int | Non
     """True."""
     _groups()
     return True
+
+
+is_rank_in_position_embedding_group = is_rank_in_embedding_group
+
+
+def get_rank_info() -> tuple[int, int, int, int]:
+    """Data-, tensor-, pipeline- and virtual-pipeline-parallel rank, for a logger; zeros before."""
+    if _state is None:
+        return 0, 0, 0, 0
+    return get_data_parallel_rank(), get_tensor_model_parallel_rank(), 0, 0
+
+
+def get_pipeline_model_parallel_split_rank() -> None:
+    """None."""
+    return None
 
 
 def get_virtual_pipeline_model_parallel_rank() -> None:

@@ -46,17 +46,27 @@ class FusedLayerNorm(layers.LayerNorm):
 
     def __init__(
         self,
-        normalized_shape: Any,
+        normalized_shape: Any = None,
         *positional: Any,
         elementwise_affine: bool = True,
         memory_efficient: bool = False,
         **keywords: Any,
     ) -> None:
+        if normalized_shape is None:
+            normalized_shape = keywords.pop("config", None)
+        if normalized_shape is None:
+            raise TypeError(f"{type(self).__name__} needs normalized_shape, or config, hidden_size")
         config = None if isinstance(normalized_shape, int | Sequence) else normalized_shape
-        names = ["hidden_size", "eps"] if config is not None else ["eps", "elementwise_affine"]
+        names = ["eps", "elementwise_affine", "memory_efficient"]
+        if config is not None:
+            names = ["hidden_size", "eps", "persist_layer_norm", "zero_centered_gamma"]
         if len(positional) > len(names):
             raise TypeError(f"{type(self).__name__} takes at most {1 + len(names)} positional ones")
-        given = {"elementwise_affine": elementwise_affine, **keywords}
+        given: dict[str, Any] = {
+            "elementwise_affine": elementwise_affine,
+            "memory_efficient": memory_efficient,
+        }
+        given.update(keywords)
         given.update(zip(names, positional, strict=False))
         shape = given.pop("hidden_size", normalized_shape)
         is_sequence = given.pop("sequence_parallel_enabled", None)
@@ -81,9 +91,9 @@ class FusedLayerNorm(layers.LayerNorm):
             device=given.pop("device", None),
             dtype=given.pop("dtype", None),
         )
+        self.memory_efficient = given.pop("memory_efficient")
         if given:
             raise TypeError(f"{type(self).__name__} has no argument {next(iter(given))!r}")
-        self.memory_efficient = memory_efficient
         for parameter in self.parameters():
             parameter.sequence_parallel = False  # type: ignore[attr-defined]
 

@@ -80,6 +80,14 @@ class FusedScaleMaskSoftmax(nn.Module):
         mask = None if mask is None else mask.bool()
         return masked_softmax(input, mask, scale, self._causal)
 
+    def forward_fused_softmax(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        """The same as ``forward``."""
+        return self(input, mask)
+
+    def forward_torch_softmax(self, input: Tensor, mask: Tensor | None) -> Tensor:
+        """The same as ``forward``: there is one kernel."""
+        return self(input, mask)
+
     def is_kernel_available(self, mask: Tensor | None, b: int, np: int, sq: int, sk: int) -> bool:
         """True: sizes and dtypes decide nothing here."""
         return True

@@ -15,10 +15,12 @@ from tpcore.interop.megatron.tensor_parallel.layers import (
     set_tensor_model_parallel_attributes,
 )
 from tpcore.interop.megatron.tensor_parallel.mappings import (
+    all_gather_last_dim_from_tensor_parallel_region,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
+    reduce_scatter_last_dim_to_tensor_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
     scatter_to_tensor_model_parallel_region,
@@ -42,6 +44,7 @@ __all__ = [
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "VocabUtility",
+    "all_gather_last_dim_from_tensor_parallel_region",
     "broadcast_data",
     "checkpoint",
     "copy_tensor_model_parallel_attributes",
@@ -54,6 +57,7 @@ __all__ = [
     "model_parallel_cuda_manual_seed",
     "param_is_not_tensor_parallel_duplicate",
     "reduce_from_tensor_model_parallel_region",
+    "reduce_scatter_last_dim_to_tensor_parallel_region",
     "reduce_scatter_to_sequence_parallel_region",
     "scatter_to_sequence_parallel_region",
     "scatter_to_tensor_model_parallel_region",

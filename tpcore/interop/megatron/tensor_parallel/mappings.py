@@ -8,6 +8,8 @@
     scatter_to_sequence_parallel_region                 own part of dim 0    all-gather
     gather_from_sequence_parallel_region                all-gather dim 0     reduce-scatter
     reduce_scatter_to_sequence_parallel_region          reduce-scatter       all-gather
+    all_gather_last_dim_from_tensor_parallel_region     all-gather last dim  reduce-scatter
+    reduce_scatter_last_dim_to_tensor_parallel_region   reduce-scatter       all-gather
 
 ``group``: None for the tensor-parallel group of this process. No function modifies its input.
 """
@@ -52,7 +54,12 @@ def scatter_to_sequence_parallel_region(input_: Tensor, group: Group = None) -> 
 
 
 def gather_from_sequence_parallel_region(
-    input_: Tensor, tensor_parallel_output_grad: bool = True, group: Group = None, **apex: Any
+    input_: Tensor,
+    tensor_parallel_output_grad: bool = True,
+    group: Group = None,
+    output_split_sizes: None = None,
+    use_global_buffer: bool = False,
+    **apex: Any,
 ) -> Tensor:
     """All-gather along dim 0 forward; backward reduce-scatter, or own part.
 
@@ -61,17 +68,45 @@ def gather_from_sequence_parallel_region(
         tensor_parallel_output_grad: what follows is tensor-parallel, so that the ranks' gradients
             are parts of a sum; False: they are the same on all ranks.
         group: None: the group of this process.
+        output_split_sizes: None: ranks hold equal parts.
+        use_global_buffer: without meaning.
         apex: ``to_model_parallel``, apex's name of ``tensor_parallel_output_grad``.
     """
     is_sum = apex.pop("to_model_parallel", tensor_parallel_output_grad)
     if apex:
         raise TypeError(f"gather_from_sequence_parallel_region has no argument {next(iter(apex))}")
+    _refuse_sizes("output_split_sizes", output_split_sizes)
     tp = resolve_group(group)
     if is_sum:
         return collectives.gather_from_sequence(input_, tp)
     return collectives.gather_from(input_, tp, dim=0)
 
 
-def reduce_scatter_to_sequence_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
-    """Reduce-scatter along dim 0 forward, all-gather backward."""
+def reduce_scatter_to_sequence_parallel_region(
+    input_: Tensor,
+    group: Group = None,
+    input_split_sizes: None = None,
+    use_global_buffer: bool = False,
+) -> Tensor:
+    """Reduce-scatter along dim 0 forward, all-gather backward; to equal parts."""
+    _refuse_sizes("input_split_sizes", input_split_sizes)
     return collectives.reduce_scatter_to_sequence(input_, resolve_group(group))
+
+
+def all_gather_last_dim_from_tensor_parallel_region(input_: Tensor, group: Group = None) -> Tensor:
+    """All-gather along the last dimension forward, reduce-scatter along it backward."""
+    tp = resolve_group(group)
+    return collectives.gather_from_sequence(input_.movedim(-1, 0), tp).movedim(0, -1)
+
+
+def reduce_scatter_last_dim_to_tensor_parallel_region(
+    input_: Tensor, group: Group = None
+) -> Tensor:
+    """Reduce-scatter along the last dimension forward, all-gather along it backward."""
+    tp = resolve_group(group)
+    return collectives.reduce_scatter_to_sequence(input_.movedim(-1, 0), tp).movedim(0, -1)
+
+
+def _refuse_sizes(name: str, sizes: Any) -> None:
+    if sizes is not None:
+        raise ValueError(f"{name} is not None; the ranks of tpcore hold equal parts")

@@ -82,14 +82,22 @@ def get_cuda_rng_tracker(*_: Any, **__: Any) -> CudaRNGStatesTracker:
     return _TRACKER
 
 
-def model_parallel_cuda_manual_seed(seed: int, *_: Any, **__: Any) -> None:
-    """Seed the default generator with ``seed``, and the state of fork() with seed + 2718 + rank."""
+def model_parallel_cuda_manual_seed(
+    seed: int, *_: Any, tp_rank: int | None = None, **__: Any
+) -> None:
+    """Seed the default generator with ``seed``, and the state of fork() with seed + 2718 + rank.
+
+    Args:
+        seed: the same on every rank.
+        tp_rank: in place of this process's rank in its tensor-parallel group.
+    """
+    rank = resolve_group(None).rank if tp_rank is None else tp_rank
     _TRACKER.reset()
     if torch.cuda.is_available():
         torch.cuda.manual_seed(seed)
     else:
         torch.manual_seed(seed)
-    _TRACKER.add(_MODEL_PARALLEL_RNG_TRACKER_NAME, seed + _SEED_OFFSET + resolve_group(None).rank)
+    _TRACKER.add(_MODEL_PARALLEL_RNG_TRACKER_NAME, seed + _SEED_OFFSET + rank)
 
 
 # Megatron-LM 1.0 and apex call it so as well.
