@@ -11,6 +11,10 @@ Every rank is a process with one thread. For each size the providers take turns,
              collective needs; nothing is added up
     copy     the same copies within private memory, and nobody tells anybody anything
 
+The smallest size shows what a call from Python costs by itself: two or three calls of ctypes for
+the floor, the dispatcher of torch and a few look-ups for tpcore. It is most of what small messages
+cost either.
+
 A turn is a run of calls of about two milliseconds; the slowest rank counts. On a machine that does
 other work as well the medians measure that work; the minima are what the machine can do.
 """
@@ -37,11 +41,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from benchmarks.run import device_name  # noqa: E402 - after the path
+from tpcore import memory  # noqa: E402
 from tpcore.parallel import collectives  # noqa: E402
 from tpcore.parallel.group import TensorParallelGroup  # noqa: E402
 from tpcore.parallel.shared_memory import HALF_BYTES, channel_of  # noqa: E402
 
-SIZES = [4096 << shift for shift in range(15)]
+SIZES = [64, *(4096 << shift for shift in range(15))]
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "broadcast")
 PROVIDERS = ("tpcore", "gloo", "floor", "copy")
 COLUMNS = (
@@ -197,6 +202,7 @@ def row_of(collective: str, ranks: int, num_bytes: int, times: dict[str, list[fl
 
 
 def run_rank(rank: int, store: str, options: argparse.Namespace) -> None:
+    memory.keep_freed_memory()  # as in a run of the command line; else results cost page faults
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(

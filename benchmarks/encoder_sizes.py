@@ -4,11 +4,11 @@
     python benchmarks/encoder_sizes.py --profile 2      what a rank of size 2 does beyond size 1
 
 Every rank is a process of its own; a size has total-threads / size threads each, at least one (a
-size above total-threads is marked: its ranks share cores). Collectives go through shared memory
-and, beside it, through gloo. All configurations are started first and wait in the kernel; then they
-take turns, one step each in every round, and the slowest rank counts. What is reported is the
-median over the rounds of time / time of size 1 in the same round: other work on the machine slows
-neighbours in time alike.
+configuration with more threads than there are processors is marked: they share cores). Collectives
+go through shared memory and, beside it, through gloo. All configurations are started first and wait
+in the kernel; then they take turns, one step each in every round, and the slowest rank counts. What
+is reported is the median over the rounds of time / time of size 1 in the same round: other work on
+the machine slows neighbours in time alike.
 
 A step: forward and backward of a BERT encoder with a classification head and dropout 0.1 on packed
 sequences, and one step of AdamW; float32.
@@ -194,7 +194,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
                 "size": setup.size,
                 "transport": setup.transport,
                 "threads_per_rank": setup.threads,
-                "shares_cores": setup.size * setup.threads > options.total_threads,
+                "shares_cores": setup.size * setup.threads > (os.cpu_count() or 1),
                 "median_ms": 1e3 * statistics.median(own),
                 "min_ms": 1e3 * min(own),
                 "over_size_1_median": statistics.median(paired),
@@ -243,12 +243,15 @@ def write(rows: list[dict], options: argparse.Namespace) -> None:
     slug = re.sub(r"[^a-z0-9]+", "-", cpu.lower()).strip("-")
     target = HERE / "results" / f"encoder_sizes_{slug}_{options.total_threads}-threads_{date}"
     target.parent.mkdir(exist_ok=True)
+    crowded = any(row["shares_cores"] for row in rows)
     facts = (
         f"torch {torch.__version__}, {date}; {options.layers} layers, hidden size "
         f"{options.hidden}, {options.heads} heads, packed lengths {LENGTHS} repeated to about "
         f"{options.tokens} tokens"
         f"{', sequence-parallel' if options.sequence_parallel else ''}; "
-        f"{options.total_threads} threads in all, {options.rounds} rounds. CPU memory: "
+        f"{options.total_threads} threads in all"
+        f"{', MORE THAN THE PROCESSORS, which they take turns on' if crowded else ''}; "
+        f"{options.rounds} rounds. CPU memory: "
         f"{memory.memory_policy()}. `over_size_1`: time over that of size 1, median of the ratios "
         "of each round and ratio of the minima. What is measured stands in "
         "benchmarks/encoder_sizes.py."
