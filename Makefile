@@ -6,7 +6,7 @@ DEMO   := runs/demo
 GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all sanitize check format bench gpu gpu-quick clean
+.PHONY: help venv demo test test-all sanitize check format docs bench gpu gpu-quick clean
 
 help:      ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,11 +27,14 @@ demo: venv   ## fine-tune a 2-way tensor-parallel encoder on SMS spam and print 
 	    $(DEMO)/megatron --to megatron --tensor-parallel-size 2 --overwrite
 	$(BIN)/torchrun --nproc-per-node 2 -m tpcore finetune examples/sms_spam.yaml
 
+# Each worker has a pool of ranks of its own, and keeps to a part of the files while it can.
+WORKERS := -n 2 --dist worksteal
+
 test: venv   ## the tests, in under 10 minutes on 2 cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
 test-all: venv   ## the tests, slow ones included
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ""
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) -m "" --durations 25
 
 check: venv   ## formatting, lint, types, import rules
 	$(BIN)/ruff format --check .
@@ -50,11 +53,16 @@ PRELOAD = $(shell g++ -print-file-name=libasan.so):$(shell g++ -print-file-name=
 sanitize: venv   ## the CPU kernels' tests, under AddressSanitizer and UndefinedBehaviorSanitizer
 	TPCORE_SANITIZE=address,undefined TPCORE_BUILD_CPU=1 TPCORE_BUILD_CUDA=0 $(BIN)/python setup.py -q \
 	    build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
+	rm -f $(SANITIZED)/report.*
 	for isa in scalar avx2 avx512 neon; do \
 	    TPCORE_CPU_ISA=$$isa $(BIN)/python -c 'import tpcore._native' 2> /dev/null || continue; \
-	    LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 TPCORE_CPU_ISA=$$isa \
-	    TPCORE_LIBRARY_DIR=$(SANITIZED)/tpcore $(BIN)/python -m pytest -q --capture=no tests/kernels \
-	    -k "not compile and not opcheck and not triton" || exit 1; done
+	    LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/$(SANITIZED)/report OMP_NUM_THREADS=2 \
+	    OMP_WAIT_POLICY=passive TPCORE_CPU_ISA=$$isa TPCORE_LIBRARY_DIR=$(SANITIZED)/tpcore \
+	    $(BIN)/python -m pytest $(WORKERS) tests/kernels -k "not compile and not opcheck and not triton" \
+	    || { cat $(SANITIZED)/report.*; exit 1; }; done
+
+docs: venv   ## the documentation as a site, links checked, into build/docs/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: venv   ## kernel benchmarks on this machine, into benchmarks/results/
 	$(BIN)/python benchmarks/run.py

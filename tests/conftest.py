@@ -20,3 +20,16 @@ if os.environ.get("TPCORE_TEST_DEVICE"):
 def _seeded():
     """Each test draws the same numbers whichever tests run before it."""
     torch.manual_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment():
+    """What a test, or a library under it, sets in the environment ends with it.
+
+    Lightning, for one, leaves LOCAL_RANK behind, and programs started later wait for other ranks.
+    """
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)

