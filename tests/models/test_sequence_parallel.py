@@ -128,7 +128,7 @@ def test_the_dummy_sequence_changes_nothing(head, multiple):
         if parameter.grad is not None:
             scale = parameter.grad.abs().max().item()
             torch.testing.assert_close(
-                others[name].grad, parameter.grad, rtol=0, atol=1e-5 * scale + 1e-8
+                others[name].grad, parameter.grad, rtol=0, atol=1e-5 * scale + 3e-8
             )
 
 

@@ -90,7 +90,9 @@ def _check_idle_ranks(
                 close = bool((gradient - others[name]).norm() <= 2e-6 * others[name].norm())
             # Key biases have none but for rounding.
             assert close or name.endswith("qkv.bias"), name
-    assert loss == pytest.approx(expected_loss, rel=0 if exact else 1e-5)
+    # A weight with another last digit may round to the neighbour in half precision.
+    near = 1e-5 if precision == "32" else 2e-4
+    assert loss == pytest.approx(expected_loss, rel=0 if exact else near)
     assert weights.keys() == expected_weights.keys()
     for name, tensor in weights.items():
         close = torch.allclose(tensor, expected_weights[name], rtol=0, atol=1e-5)

@@ -23,12 +23,17 @@ BROKEN_PIPE = 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors of the user's are one line and status 2."""
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
-    try:
-        return _run(arguments, may_restart=argv is None)
-    except KeyboardInterrupt:
-        from tpcore.train.launch import report_interrupt
+    from tpcore.train import launch
 
-        return report_interrupt()
+    try:
+        status = _run(arguments, may_restart=argv is None)
+    except KeyboardInterrupt:
+        status = launch.report_interrupt()
+    if argv is None and status == launch.INTERRUPTED:
+        # Threads and pipes of a launcher that was interrupted complain while they are taken down.
+        sys.stdout.flush()
+        os._exit(status)
+    return status
 
 
 def _run(arguments: argparse.Namespace, *, may_restart: bool) -> int:
