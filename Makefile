@@ -54,11 +54,13 @@ sanitize: venv   ## the CPU kernels' tests, under AddressSanitizer and Undefined
 	TPCORE_SANITIZE=address,undefined TPCORE_BUILD_CPU=1 TPCORE_BUILD_CUDA=0 $(BIN)/python setup.py -q \
 	    build_ext --build-lib $(SANITIZED) --build-temp $(SANITIZED)/objects
 	rm -f $(SANITIZED)/report.*
-	for isa in scalar avx2 avx512 neon; do \
+	for isa in scalar avx2 avx512 neon avx512_bf16 amx; do \
 	    TPCORE_CPU_ISA=$$isa $(BIN)/python -c 'import tpcore._native' 2> /dev/null || continue; \
+	    case $$isa in avx512_bf16 | amx) tests=tests/kernels/test_packed_attention.py;; \
+	        *) tests=tests/kernels;; esac; \
 	    LD_PRELOAD=$(PRELOAD) ASAN_OPTIONS=detect_leaks=0:log_path=$(CURDIR)/$(SANITIZED)/report OMP_NUM_THREADS=2 \
 	    OMP_WAIT_POLICY=passive TPCORE_CPU_ISA=$$isa TPCORE_LIBRARY_DIR=$(SANITIZED)/tpcore \
-	    $(BIN)/python -m pytest $(WORKERS) tests/kernels -k "not compile and not opcheck and not triton" \
+	    $(BIN)/python -m pytest $(WORKERS) $$tests -k "not compile and not opcheck and not triton" \
 	    || { cat $(SANITIZED)/report.*; exit 1; }; done
 
 docs: venv   ## the documentation as a site, links checked, into build/docs/

@@ -56,6 +56,13 @@ X86_ISAS = {
 }
 # Of csrc/cpu: what is compiled once, for the baseline.
 ISA_INDEPENDENT = ("dispatch.cpp", "shm_channel.cpp")
+# Attention alone is compiled for these as well, where the compiler knows them: GCC 10 and 11 do.
+AVX512_BF16 = [*X86_ISAS["avx512"], "-DTPCORE_ISA_AVX512", "-mavx512bf16"]
+BF16_ISAS = {
+    "avx512_bf16": AVX512_BF16,
+    "amx": [*AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
+}
+BF16_SOURCE = "attention_bf16.cpp"
 ISAS = {"x86_64": X86_ISAS, "AMD64": X86_ISAS, "aarch64": {"neon": []}, "arm64": {"neon": []}}
 CUDA_ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")  # and PTX for later ones
 
@@ -94,6 +101,12 @@ def find_ninja() -> str:
     except ImportError:
         return find_tool("ninja")
     return find_tool(str(Path(ninja.BIN_DIR, "ninja")), "ninja")
+
+
+def understands(compiler: str, flags: list[str]) -> bool:
+    """Whether a compiler knows these flags."""
+    command = [compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def version_of(tool: str) -> str:
@@ -187,12 +200,16 @@ def build_cpu(output: Path, build_dir: Path) -> dict:
     torch = find_torch()
     compiler = find_tool(os.environ.get("CXX"), "c++", "g++", "clang++")
     isas = ISAS.get(platform.machine(), {"scalar": []})
+    bf16_isas = {}
+    if isas is X86_ISAS:
+        bf16_isas = {i: f for i, f in BF16_ISAS.items() if understands(compiler, f)}
+    has = [f"-DTPCORE_HAS_{isa.upper()}" for isa in bf16_isas]
     ninja = NinjaFile(build_dir)
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         if source.name in ISA_INDEPENDENT:
-            ninja.compile(compiler, source, common_flags())
+            ninja.compile(compiler, source, [*common_flags(), *has])
             continue
-        for isa, flags in isas.items():
+        for isa, flags in (bf16_isas if source.name == BF16_SOURCE else isas).items():
             define = [f"-DTPCORE_ISA={isa}", f"-DTPCORE_ISA_{isa.upper()}"]
             ninja.compile(compiler, source, [*common_flags(), *define, *flags], f"_{isa}")
     compile_flags, link_flags = torch_flags(torch)
@@ -201,7 +218,7 @@ def build_cpu(output: Path, build_dir: Path) -> dict:
     ninja.link(compiler, output, link_flags)
     ninja.run()
     return {
-        "isas": list(isas),
+        "isas": [*isas, *bf16_isas],
         "compiler": version_of(compiler).splitlines()[0],
         "torch": torch.__version__,
     }

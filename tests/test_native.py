@@ -15,7 +15,10 @@ from tests.kernels.harness import require
 from tpcore import _native
 
 ROOT = Path(__file__).parent.parent
-ISAS = {"x86_64": ("scalar", "avx2", "avx512"), "aarch64": ("neon",)}.get(platform.machine(), ())
+ISAS = {
+    "x86_64": ("scalar", "avx2", "avx512", "avx512_bf16", "amx"),
+    "aarch64": ("neon",),
+}.get(platform.machine(), ())
 
 
 def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -68,7 +68,7 @@ class Forward {
       V partial[4];
       for_each_vector<V>(seen, [&](int64_t i, int slot, auto lanes) TPCORE_INLINE_LAMBDA {
         const V score = V::load(row + i, Full{});
-        V value = only(exponential(score * scale - shift), lanes);
+        V value = only(exponential<PrecisionOf<T>>(score * scale - shift), lanes);
         partial[slot] = partial[slot] + value;
         if (bits != nullptr) value = select(V::bits(bits, i, Full{}), value, V());
         value.store(row + i, Full{});

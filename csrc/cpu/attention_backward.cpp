@@ -86,7 +86,7 @@ class Backward {
       V partial[4];
       for_each_vector<V>(seen, [&](int64_t i, int slot, auto lanes) TPCORE_INLINE_LAMBDA {
         const V score = V::load(probs + i, Full{});
-        const V prob = only(exponential(score * scale - shift) * norm, lanes);
+        const V prob = only(exponential<PrecisionOf<T>>(score * scale - shift) * norm, lanes);
         const V grad = dropped(V::load(grads + i, Full{}), i);
         partial[slot] = multiply_add(prob, grad, partial[slot]);
         prob.store(probs + i, Full{});

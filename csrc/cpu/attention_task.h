@@ -28,9 +28,9 @@ struct QueryBlock {
   int64_t first, rows, keys;
   bool causal;
 
-  QueryBlock(const PackedAttention& input, const Task& task, int64_t start)
+  QueryBlock(const PackedAttention& input, const Task& task, int64_t start, int64_t most = kQueries)
       : first(start),
-        rows(task.length - start < kQueries ? task.length - start : kQueries),
+        rows(task.length - start < most ? task.length - start : most),
         keys(input.causal ? start + rows : task.length),
         causal(input.causal) {}
   int64_t keys_of(int64_t row) const { return causal ? first + row + 1 : keys; }

@@ -8,9 +8,6 @@ namespace tpcore {
 namespace TPCORE_ISA {
 namespace {
 
-template <class T>
-using PrecisionOf = std::conditional_t<sizeof(T) == 2, Half, Single>;
-
 template <Gelu kind>
 struct Kind {
   static constexpr Gelu value = kind;

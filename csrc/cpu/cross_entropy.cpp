@@ -91,7 +91,7 @@ void cross_entropy_backward(const CrossEntropyBackward& args, ParallelFor parall
           const V norm(A(1) / static_cast<const A*>(args.sum_exp)[row]);
           const V grad_loss(static_cast<const A*>(args.grad_loss)[row]);
           const auto gradient = [&](int64_t i, auto lanes) TPCORE_INLINE_LAMBDA {
-            return exponential(V::load(logits + i, lanes) - max) * norm - smoothing;
+            return exponential<PrecisionOf<T>>(V::load(logits + i, lanes) - max) * norm - smoothing;
           };
           for_each_vector<V>(live, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
             (gradient(i, lanes) * grad_loss).store(grad_logits + i, lanes);

@@ -4,8 +4,14 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 
 #include "tpcore/kernels.h"
+
+#if defined(TPCORE_HAS_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 // The launchers of one instruction set, and their table.
 #define TPCORE_DECLARE_ISA(isa)                                                         \
@@ -27,7 +33,7 @@
   void adamw(const AdamW&, ParallelFor);                                                \
   ShmFailure shm_publish(const ShmCollective&, ParallelFor);                            \
   ShmFailure shm_complete(const ShmCollective&, ParallelFor);                           \
-  static const CpuKernels kKernels = {                                                  \
+  static constexpr CpuKernels kKernels = {                                              \
       #isa,                                                                             \
       layer_norm_forward,                                                               \
       layer_norm_backward,                                                              \
@@ -49,11 +55,33 @@
   }                                                                                     \
   }
 
+// AVX-512 with attention of its own for bfloat16.
+#define TPCORE_DECLARE_BF16_ISA(name)                                          \
+  namespace tpcore {                                                           \
+  namespace name {                                                             \
+  void packed_attention_forward(const PackedAttentionForward&, ParallelFor);   \
+  void packed_attention_backward(const PackedAttentionBackward&, ParallelFor); \
+  static constexpr CpuKernels kKernels = [] {                                  \
+    CpuKernels kernels = avx512::kKernels;                                     \
+    kernels.isa = #name;                                                       \
+    kernels.packed_attention_forward = packed_attention_forward;               \
+    kernels.packed_attention_backward = packed_attention_backward;             \
+    return kernels;                                                            \
+  }();                                                                         \
+  }                                                                            \
+  }
+
 #if defined(__x86_64__)
 TPCORE_DECLARE_ISA(scalar)
 TPCORE_DECLARE_ISA(avx2)
 TPCORE_DECLARE_ISA(avx512)
-#define TPCORE_ISA_NAMES "scalar, avx2, avx512"
+#if defined(TPCORE_HAS_AVX512_BF16)
+TPCORE_DECLARE_BF16_ISA(avx512_bf16)
+#endif
+#if defined(TPCORE_HAS_AMX)
+TPCORE_DECLARE_BF16_ISA(amx)
+#endif
+#define TPCORE_ISA_NAMES "scalar, avx2, avx512, avx512_bf16, amx"
 #elif defined(__aarch64__)
 TPCORE_DECLARE_ISA(neon)
 #define TPCORE_ISA_NAMES "neon"
@@ -70,22 +98,48 @@ struct Choice {
   const char* error;
 };
 
-// From the slowest to the fastest; a machine runs a prefix of the list.
-int runnable(const CpuKernels* list[3]) {
+constexpr int kMostIsas = 5;
+
+#if defined(__x86_64__)
+// These builtins also ask the operating system whether it saves the wide registers.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("bmi2");
+}
+#endif
+#if defined(TPCORE_HAS_AMX)
+// Linux gives the tiles, which are large, to processes that ask for them.
+bool has_amx() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of asm/prctl.h
+  return __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
+// What this machine runs, from the slowest to the fastest.
+int runnable(const CpuKernels* list[kMostIsas]) {
   int count = 0;
 #if defined(__x86_64__)
-  list[count++] = &scalar::kKernels;
-  // These builtins also ask the operating system whether it saves the wide registers.
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    list[count++] = &avx2::kKernels;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("bmi2")) {
-      list[count++] = &avx512::kKernels;
-    }
-  }
+  list[count++] = &scalar::kKernels;
+  if (!has_avx2()) return count;
+  list[count++] = &avx2::kKernels;
+  if (!has_avx512()) return count;
+  list[count++] = &avx512::kKernels;
+#if defined(TPCORE_HAS_AVX512_BF16)
+  if (!__builtin_cpu_supports("avx512bf16")) return count;
+  list[count++] = &avx512_bf16::kKernels;
+  // On Intel's processors these products are no faster than those of float32 (docs/attention.md).
+  if (__builtin_cpu_is("intel")) std::swap(list[count - 1], list[count - 2]);
+#endif
+#if defined(TPCORE_HAS_AMX)
+  if (has_amx()) list[count++] = &amx::kKernels;
+#endif
 #elif defined(__aarch64__)
   list[count++] = &neon::kKernels;
 #else
@@ -95,7 +149,7 @@ int runnable(const CpuKernels* list[3]) {
 }
 
 Choice choose() {
-  const CpuKernels* list[3];
+  const CpuKernels* list[kMostIsas];
   const int count = runnable(list);
   const char* pinned = std::getenv("TPCORE_CPU_ISA");
   if (pinned == nullptr || *pinned == '\0') return {list[count - 1], ""};

@@ -44,13 +44,13 @@ Acc<T> scale_and_mask(const T* scores, const uint8_t* mask, Acc<T>* z, int64_t k
 }
 
 // z = exp(z - maximum); returns the sum.
-template <class A>
+template <class Precision, class A>
 A exponentials(A* z, int64_t keys, A maximum) {
   using V = Vec<A>;
   const V shift(maximum);
   V sums[4];
   for_each_vector<V>(keys, [&](int64_t i, int slot, auto lanes) TPCORE_INLINE_LAMBDA {
-    const V value = exponential(V::load(z + i, lanes) - shift);
+    const V value = exponential<Precision>(V::load(z + i, lanes) - shift);
     value.store(z + i, lanes);
     sums[slot] = sums[slot] + only(value, lanes);
   });
@@ -98,7 +98,7 @@ void masked_softmax_forward(const MaskedSoftmaxForward& args, ParallelFor parall
           const A maximum = scale_and_mask(scores, mask, z, live, args.scale);
           dead = mask != nullptr && maximum == -__builtin_huge_val() && all_masked(mask, live);
           if (!dead) {
-            const V norm(A(1) / exponentials(z, live, maximum));
+            const V norm(A(1) / exponentials<PrecisionOf<T>>(z, live, maximum));
             const V factor(static_cast<A>(args.dropout_scale));
             if (bits) bits.row(at.batch * args.queries + at.query, at.head, live, keep);
             for_each_vector<V>(live, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {

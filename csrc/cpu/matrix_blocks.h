@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of small matrices that lie in the caches, in accumulation type.
+// Products of small matrices that lie in the caches, summed in accumulation type A. Elements E are
+// of that type, or pairs of bfloat16 (pairs.h), where an element of the depth stands for two
+// numbers.
 //
 // A right-hand side consists of whole vectors: matrices are padded to them with zeros, so that no
 // product has to know where a row ends.
@@ -12,16 +14,16 @@ namespace tpcore {
 namespace TPCORE_ISA {
 
 // left[m, k] = data[m * row + k * depth]
-template <class A>
+template <class E>
 struct Left {
-  const A* data;
+  const E* data;
   int64_t row, depth;
 };
 
 // Vector n of row k of the right-hand side starts at data[n * vector + k * depth].
-template <class A>
+template <class E>
 struct Right {
-  const A* data;
+  const E* data;
   int64_t vector, depth;
 };
 
@@ -36,8 +38,8 @@ constexpr int kTileVectors = 2;
 
 // result[m, n] = (add ? result[m, n] : 0) + sum over k of left[m, k] * right[k, n] for M rows and N
 // vectors.
-template <int M, int N, class A>
-TPCORE_INLINE void multiply_tile(int64_t depth, Left<A> left, Right<A> right, A* result,
+template <int M, int N, class E, class A>
+TPCORE_INLINE void multiply_tile(int64_t depth, Left<E> left, Right<E> right, A* result,
                                  int64_t result_row, bool add) {
   using V = Vec<A>;
   V sums[M][N];
@@ -49,10 +51,10 @@ TPCORE_INLINE void multiply_tile(int64_t depth, Left<A> left, Right<A> right, A*
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
-    V row[N];
-    for (int n = 0; n < N; ++n) row[n] = V::load(right.data + n * right.vector, Full{});
+    Vec<E> row[N];
+    for (int n = 0; n < N; ++n) row[n] = Vec<E>::load(right.data + n * right.vector, Full{});
     for (int m = 0; m < M; ++m) {
-      const V factor(left.data[m * left.row]);
+      const Vec<E> factor(left.data[m * left.row]);
       for (int n = 0; n < N; ++n) sums[m][n] = multiply_add(factor, row[n], sums[m][n]);
     }
     left.data += left.depth;
@@ -65,9 +67,9 @@ TPCORE_INLINE void multiply_tile(int64_t depth, Left<A> left, Right<A> right, A*
   }
 }
 
-template <int M, int N, class A>
-TPCORE_INLINE void multiply_tile(int64_t rows, int64_t vectors, int64_t depth, Left<A> left,
-                                 Right<A> right, A* result, int64_t result_row, bool add) {
+template <int M, int N, class E, class A>
+TPCORE_INLINE void multiply_tile(int64_t rows, int64_t vectors, int64_t depth, Left<E> left,
+                                 Right<E> right, A* result, int64_t result_row, bool add) {
   if constexpr (N > 1) {
     if (vectors < N) {
       return multiply_tile<M, N - 1>(rows, vectors, depth, left, right, result, result_row, add);
@@ -82,16 +84,16 @@ TPCORE_INLINE void multiply_tile(int64_t rows, int64_t vectors, int64_t depth, L
 }
 
 // result[rows, vectors] = (add ? result : 0) + left[rows, depth] * right[depth, vectors]
-template <class A>
-void multiply_tiles(int64_t rows, int64_t vectors, int64_t depth, Left<A> left, Right<A> right,
+template <class E, class A>
+void multiply_tiles(int64_t rows, int64_t vectors, int64_t depth, Left<E> left, Right<E> right,
                     A* result, int64_t result_row, bool add) {
   const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
   for (int64_t n = 0; n < vectors; n += kTileVectors) {
-    const Right<A> columns{right.data + n * right.vector, right.vector, right.depth};
+    const Right<E> columns{right.data + n * right.vector, right.vector, right.depth};
     // Tiles of nearly equal height: a tile of one row would wait for its own sums.
     for (int64_t tile = 0, m = 0; tile < tiles; ++tile) {
       const int64_t height = (rows - m + tiles - tile - 1) / (tiles - tile);
-      multiply_tile<kTileRows, kTileVectors, A>(
+      multiply_tile<kTileRows, kTileVectors, E>(
           height, vectors - n, depth, {left.data + m * left.row, left.row, left.depth}, columns,
           result + m * result_row + n * Vec<A>::size, result_row, add);
       m += height;
@@ -99,16 +101,16 @@ void multiply_tiles(int64_t rows, int64_t vectors, int64_t depth, Left<A> left, 
   }
 }
 
-template <class A>
-void multiply(int64_t rows, int64_t vectors, int64_t depth, Left<A> left, Right<A> right, A* result,
+template <class E, class A>
+void multiply(int64_t rows, int64_t vectors, int64_t depth, Left<E> left, Right<E> right, A* result,
               int64_t result_row) {
-  multiply_tiles<A>(rows, vectors, depth, left, right, result, result_row, false);
+  multiply_tiles<E>(rows, vectors, depth, left, right, result, result_row, false);
 }
 
-template <class A>
-void accumulate(int64_t rows, int64_t vectors, int64_t depth, Left<A> left, Right<A> right,
+template <class E, class A>
+void accumulate(int64_t rows, int64_t vectors, int64_t depth, Left<E> left, Right<E> right,
                 A* result, int64_t result_row) {
-  multiply_tiles<A>(rows, vectors, depth, left, right, result, result_row, true);
+  multiply_tiles<E>(rows, vectors, depth, left, right, result, result_row, true);
 }
 
 template <class A>

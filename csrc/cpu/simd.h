@@ -5,10 +5,12 @@
 // machine that lacks it.
 //
 //   Vec<float>, Vec<double>   arithmetic; load and store float32, bfloat16, float16, float64,
-//   converting on the way U64                       64-bit lanes for Philox: each holds a 32-bit
-//   word and room for its product Full, Partial{n}          how many lanes count: partial loads
-//   fill up with zeros, partial stores leave the rest of
-//                             memory alone, `only` zeroes the lanes that do not count
+//                             converting on the way
+//   U64                       64-bit lanes for Philox: each holds a 32-bit word and room for its
+//                             product
+//   Full, Partial{n}          how many lanes count: partial loads fill up with zeros, partial
+//                             stores leave the rest of memory alone, `only` zeroes the lanes that
+//                             do not count
 #pragma once
 
 #include <cstdint>

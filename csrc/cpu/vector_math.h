@@ -11,13 +11,19 @@
 namespace tpcore {
 namespace TPCORE_ISA {
 
-// e^x within 1.01 units in the last place, for any x: 0 and infinity beyond the range, NaN for NaN.
+// For results of type T.
+template <class T>
+using PrecisionOf = std::conditional_t<sizeof(T) == 2, Half, Single>;
+
+// e^x within 1.01 units in the last place (for Half: a relative error of 5e-5), for any x: 0 and
+// infinity beyond the range, NaN for NaN.
+template <class Precision = Single>
 TPCORE_INLINE Vec<float> exponential(Vec<float> x) {
   using V = Vec<float>;
   x = smaller(V(kExpMax), larger(V(kExpMin), x));  // in this order a NaN passes through
   const V n = nearest_integer(x * V(kLog2E));
   const V r = multiply_add(n, V(-kLn2Low), multiply_add(n, V(-kLn2High), x));
-  return scale_by_power(exponential_minus_one<5>(r) + V(1.0f), n);
+  return scale_by_power(exponential_minus_one<Precision::exponential_terms>(r) + V(1.0f), n);
 }
 
 template <class Function>
@@ -28,6 +34,7 @@ TPCORE_INLINE Vec<double> lane_by_lane(Vec<double> x, const Function& function) 
   return Vec<double>::load(lanes, Full{});
 }
 
+template <class Precision = Single>
 TPCORE_INLINE Vec<double> exponential(Vec<double> x) {
   return lane_by_lane(x, [](double lane) { return __builtin_exp(lane); });
 }

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +20,7 @@ from tests.kernels.harness import (
     require,
     run,
 )
+from tpcore import _native
 from tpcore._native import attention_dropout_keep_mask, dropout_keep_mask
 from tpcore.kernels import masked_softmax, packed_attention, record_backends, use_backend
 
@@ -323,6 +329,26 @@ def test_the_kernel_never_reads_outside_its_tokens(ends, message):
     require("cpu")
     with pytest.raises(RuntimeError, match=f"cu_seqlens {message}"):
         packed_attention(_qkv((5,), 8), torch.tensor(ends).int())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16", "amx"])
+def test_other_instruction_sets(isa):
+    """What above is about bfloat16, with the kernel for another instruction set."""
+    require("cpu")
+    if isa == _native.status("cpu").info["isa"]:
+        pytest.skip("the tests above are for it")
+    tests = [__file__, "-k", "bfloat16 and not other", "-q", "-p", "no:cacheprovider", "-n", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *tests],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"TPCORE_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+    )
+    if "names an instruction set that this machine" in done.stdout + done.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    assert done.returncode == 0, done.stdout
 
 
 def test_errors_name_the_argument():

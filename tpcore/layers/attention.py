@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tpcore import _native
 from tpcore.kernels import has_kernel, masked_softmax, packed_attention
 from tpcore.layers.initialization import InitMethod
 from tpcore.layers.linear import ColumnParallelLinear, RowParallelLinear
@@ -33,8 +34,8 @@ FREE_PADDED_SCORES = 1 << 12
 MAX_BUCKET_SCORES = 1 << 22
 
 
-# In half precision matrix products run on instructions for it, which the fused kernel, whose sums
-# and operands are float32, has not. Where a query sees more keys than this on average, they win
+# In half precision torch's matrix products run on instructions for it. The fused kernel has them for
+# bfloat16 on AMX; elsewhere, where a query sees more keys than this on average, torch's products win
 # (docs/attention.md).
 MAX_FUSED_HALF_KEYS = 160
 
@@ -228,9 +229,14 @@ class _FromBuckets(torch.autograd.Function):
 
 def fuses_attention(sequences: PackedSequences, qkv: Tensor) -> bool:
     """Whether attention of these sequences is the fused kernel; of qkv dtype and device count."""
-    is_half = qkv.dtype in (torch.bfloat16, torch.float16)
-    suits = not is_half or sequences.mean_keys <= MAX_FUSED_HALF_KEYS
-    return suits and has_kernel("packed_attention", qkv)
+    if qkv.dtype == torch.float16 or (qkv.dtype == torch.bfloat16 and not _has_amx()):
+        if sequences.mean_keys > MAX_FUSED_HALF_KEYS:
+            return False
+    return has_kernel("packed_attention", qkv)
+
+
+def _has_amx() -> bool:
+    return _native.status("cpu").info.get("isa") == "amx"
 
 
 class SelfAttention(nn.Module):
