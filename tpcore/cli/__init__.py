@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,19 +18,20 @@ from tpcore.cli import convert, doctor, evaluate, finetune, plan, report
 from tpcore.cli.options import Parser
 
 DIVERGED = 1
+INTERRUPTED = 128 + signal.SIGINT
 BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. Errors of the user's are one line and status 2."""
     arguments = _parse(sys.argv[1:] if argv is None else list(argv))
-    from tpcore.train import launch
-
     try:
         status = _run(arguments, may_restart=argv is None)
     except KeyboardInterrupt:
-        status = launch.report_interrupt()
-    if argv is None and status == launch.INTERRUPTED:
+        from tpcore.train.launch import report_interrupt
+
+        status = report_interrupt()
+    if argv is None and status == INTERRUPTED:
         # Threads and pipes of a launcher that was interrupted complain while they are taken down.
         sys.stdout.flush()
         os._exit(status)
