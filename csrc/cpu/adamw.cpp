@@ -72,6 +72,11 @@ void adamw(const AdamW& args, ParallelFor parallel_for) {
       A* exp_avg_sq = static_cast<A*>(args.exp_avg_sq) + begin;
       T* copy = args.copy != nullptr ? static_cast<T*>(args.copy) + begin : nullptr;
       for_each_vector<V>(end - begin, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
+        prefetch(grad + i);
+        prefetch_to_write(weight + i);
+        prefetch_to_write(exp_avg + i);
+        prefetch_to_write(exp_avg_sq + i);
+        if (copy != nullptr) prefetch_to_write(copy + i);
         const V g = V::load(grad + i, lanes) * step.factor;
         const V m = V::load(exp_avg + i, lanes);
         const V v = V::load(exp_avg_sq + i, lanes);

@@ -2,7 +2,7 @@
 // Cross entropy on a shard of the vocabulary: formulas in tpcore/kernels.h.
 //
 // A row of logits is read twice, the second time from the cache: maximum and sum, then
-// exponentials.
+// exponentials, whose arithmetic leaves time to fetch the next row.
 #include "parallel.h"
 #include "types.h"
 #include "vector_math.h"
@@ -17,7 +17,7 @@ struct RowStatistics {
 };
 
 template <class T>
-RowStatistics<Acc<T>> row_statistics(const T* logits, int64_t columns) {
+RowStatistics<Acc<T>> row_statistics(const T* logits, int64_t columns, int64_t row_stride) {
   using A = Acc<T>;
   using V = Vec<A>;
   const A infinity = static_cast<A>(__builtin_huge_val());
@@ -34,6 +34,7 @@ RowStatistics<Acc<T>> row_statistics(const T* logits, int64_t columns) {
   const V shift(max == -infinity ? A(0) : max);
   V exponentials[4];
   for_each_vector<V>(columns, [&](int64_t i, int slot, auto lanes) TPCORE_INLINE_LAMBDA {
+    prefetch<kSecondLevel>(logits + i, row_stride);
     const V value = exponential(V::load(logits + i, lanes) - shift);
     exponentials[slot] = exponentials[slot] + only(value, lanes);
   });
@@ -51,7 +52,7 @@ void cross_entropy_statistics(const CrossEntropyStatistics& args, ParallelFor pa
     parallel_rows(parallel_for, shard.tokens, bytes, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const T* logits = row_of<T>(shard.logits, row);
-        const RowStatistics<A> found = row_statistics(logits, shard.live);
+        const RowStatistics<A> found = row_statistics(logits, shard.live, shard.logits.row_stride);
         const int64_t target = shard.target[row], local = target - shard.vocab_start;
         A target_logit = 0;
         if (target != shard.ignore_index) {

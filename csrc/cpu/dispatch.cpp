@@ -167,14 +167,17 @@ const Choice& choice() {
   return chosen;
 }
 
-// From Linux: sysconf counts the caches of a whole socket on some machines.
+// From Linux: sysconf counts the caches of a whole socket on some machines. So do some caches
+// themselves: of one that hundreds of processors share, no program is left more than this.
 int64_t last_level_cache_bytes() {
+  constexpr int64_t kMost = int64_t{32} << 20;
   long kib = 0;
   if (std::FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
     if (std::fscanf(file, "%ldK", &kib) != 1) kib = 0;
     std::fclose(file);
   }
-  return kib > 0 ? int64_t{kib} << 10 : int64_t{32} << 20;
+  const int64_t bytes = int64_t{kib} << 10;
+  return 0 < bytes && bytes < kMost ? bytes : kMost;
 }
 
 }  // namespace

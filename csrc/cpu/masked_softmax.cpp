@@ -35,6 +35,7 @@ Acc<T> scale_and_mask(const T* scores, const uint8_t* mask, Acc<T>* z, int64_t k
   const V factor(static_cast<Acc<T>>(scale)), minus_infinity(-__builtin_huge_val());
   V maxima[4] = {minus_infinity, minus_infinity, minus_infinity, minus_infinity};
   for_each_vector<V>(keys, [&](int64_t i, int slot, auto lanes) TPCORE_INLINE_LAMBDA {
+    prefetch(scores + i);
     V value = V::load(scores + i, lanes) * factor;
     if (mask != nullptr) value = select(V::nonzero(mask + i, lanes), minus_infinity, value);
     value.store(z + i, lanes);
@@ -102,6 +103,8 @@ void masked_softmax_forward(const MaskedSoftmaxForward& args, ParallelFor parall
             const V factor(static_cast<A>(args.dropout_scale));
             if (bits) bits.row(at.batch * args.queries + at.query, at.head, live, keep);
             for_each_vector<V>(live, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
+              prefetch_to_write(y + i);
+              if (probs != nullptr) prefetch_to_write(probs + i);
               V value = V::load(z + i, lanes) * norm;
               if (probs != nullptr) {
                 const auto kept = V::bits(keep, i, lanes);
