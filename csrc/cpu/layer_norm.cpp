@@ -17,6 +17,9 @@ template <class T>
 void add_row(const T* x, const T* residual, T* total, int64_t columns) {
   using V = Vec<Acc<T>>;
   for_each_vector<V>(columns, [&](int64_t i, int, auto lanes) TPCORE_INLINE_LAMBDA {
+    prefetch(x + i);
+    prefetch(residual + i);
+    prefetch_to_write(total + i);
     (V::load(x + i, lanes) + V::load(residual + i, lanes)).store(total + i, lanes);
   });
 }
@@ -27,6 +30,7 @@ void row_statistics(const T* x, int64_t columns, double eps, Acc<T>* mean, Acc<T
   using V = Vec<A>;
   V sums[4];
   for_each_vector<V>(columns, [&](int64_t i, int slot, auto lanes) TPCORE_INLINE_LAMBDA {
+    prefetch(x + i);
     sums[slot] = sums[slot] + V::load(x + i, lanes);
   });
   *mean = total(sums).sum() / static_cast<A>(columns);
