@@ -172,13 +172,17 @@ class Backward {
     const Right<Pair> keys_t = pack_right_transposed(keys, stride, length, d, keys_transposed_);
     const Right<Pair> values_t = pack_right_transposed(part_of<BFloat16>(input_, task, kValue, 0),
                                                        stride, length, d, values_transposed_);
-    const size_t bytes = static_cast<size_t>(sizes_.head_row * sizes_.key_row) * sizeof(float);
-    memset(grad_keys_, 0, bytes);
-    memset(grad_values_, 0, bytes);
+    if (input_.causal) {
+      // The first queries see some of the keys only.
+      const size_t bytes = static_cast<size_t>(sizes_.head_row * sizes_.key_row) * sizeof(float);
+      memset(grad_keys_, 0, bytes);
+      memset(grad_values_, 0, bytes);
+    }
     BFloat16* out = static_cast<BFloat16*>(args_.grad_qkv) + task.first * out_row;
     out += task.head * 3 * d;
     for (int64_t first = 0; first < length; first += kPairQueries) {
       const QueryBlock block(input_, task, first, kPairQueries);
+      const bool add = input_.causal || first > 0;
       const int64_t rows = block.rows, key_vectors = vectors_of<float>(block.keys);
       const BFloat16* queries = part_of<BFloat16>(input_, task, kQuery, first);
       const BFloat16* grad_context = row_of<const BFloat16>(args_.grad_context, task.first + first);
@@ -199,9 +203,9 @@ class Backward {
                      keys_r, grad_queries_, sizes_.head_row, false);
       unpack(grad_queries_, scale, rows, d, out + first * out_row, out_row);
       multiply_pairs(d, key_vectors, pairs_of(rows), {queries_transposed_, kQueryPairs, 1},
-                     {grad_pairs_, panel, kPanel}, grad_keys_, sizes_.key_row, true);
+                     {grad_pairs_, panel, kPanel}, grad_keys_, sizes_.key_row, add);
       multiply_pairs(d, key_vectors, pairs_of(rows), {grad_context_transposed_, kQueryPairs, 1},
-                     {prob_pairs_, panel, kPanel}, grad_values_, sizes_.key_row, true);
+                     {prob_pairs_, panel, kPanel}, grad_values_, sizes_.key_row, add);
     }
     unpack_transposed(grad_keys_, sizes_.key_row, scale, length, d, out + d, out_row);
     unpack_transposed(grad_values_, sizes_.key_row, 1.0f, length, d, out + 2 * d, out_row);
@@ -215,8 +219,8 @@ class Backward {
   void softmax_backward(const Task& task, const QueryBlock& block, int64_t panel) const {
     const uint8_t* keep = keep_block_of(keep_bits_, task, block, keep_, sizes_.keep_row);
     const V factor(static_cast<float>(input_.dropout_scale));
-    const int64_t whole = whole_depths(block.keys), whole_rows = whole_depths(block.rows);
-    for (int64_t r = 0; r < whole_rows; r += 2) {
+    const int64_t whole = whole_depths(block.keys), row_pairs = pairs_of(block.rows);
+    for (int64_t r = 0; r < block.rows; r += 2) {
       const float* scores[2];
       const float* grads[2];
       const uint8_t* bits[2] = {nullptr, nullptr};
@@ -245,10 +249,16 @@ class Backward {
         RowPair(dropped(0), dropped(1)).store_pairs(prob_pairs_ + at);
       }
     }
+    // Rows that there are not.
+    const size_t rest = static_cast<size_t>(panel - row_pairs * kPanel) * sizeof(Pair);
+    for (int64_t at = row_pairs * kPanel; rest > 0 && at < whole / kPanel * panel; at += panel) {
+      memset(static_cast<void*>(grad_pairs_ + at), 0, rest);
+      memset(static_cast<void*>(prob_pairs_ + at), 0, rest);
+    }
   }
 
   // Of one row: scores become probabilities, grads those of the probabilities; zeros at keys that
-  // are not seen, and in rows that there are not. Returns the sum of the products of the two.
+  // are not seen, and in a last row that there is not. Returns the sum of the products of the two.
   float probabilities(const Task& task, const QueryBlock& block, int64_t r, int64_t whole,
                       const uint8_t* bits) const {
     float* scores = scores_ + r * sizes_.key_row;
