@@ -369,7 +369,8 @@ def test_files_of_two_saves_do_not_mix(saved, tmp_path):
     save_sharded(_tower(SINGLE, seed=9), tmp_path / "y")
     name = "shard_00_of_01.safetensors"
     (tmp_path / "y" / name).replace(saved / name)
-    with pytest.raises(CheckpointError, match="is of another save"):
+    # Checksums of fewer digits make a smaller file, which shows first.
+    with pytest.raises(CheckpointError, match="is of another save|bytes; the index says"):
         load_sharded(_tower(SINGLE), saved)
 
 

@@ -275,15 +275,20 @@ def _check_heads_do_not_divide(tp):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "length", "fused"),
+    ("dtype", "length", "has_amx", "fused"),
     [
-        (torch.float32, 200, True),
-        (torch.bfloat16, 100, True),
-        (torch.bfloat16, 200, False),
+        (torch.float32, 200, False, True),
+        (torch.bfloat16, 100, False, True),
+        (torch.bfloat16, 200, False, False),
+        (torch.bfloat16, 200, True, True),
+        (torch.float16, 200, True, False),
     ],
 )
-def test_long_sequences_in_half_precision_take_the_matrix_products(dtype, length, fused):
+def test_long_sequences_in_half_precision_take_the_matrix_products(
+    dtype, length, has_amx, fused, monkeypatch
+):
     require("cpu")
+    monkeypatch.setattr(attention_module, "_has_amx", lambda: has_amx)
     sequences = PackedSequences.from_lengths([length, length])
     layer = SelfAttention(16, 2, tp=TensorParallelGroup.single(), dtype=dtype)
     with record_backends() as calls:

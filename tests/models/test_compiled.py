@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from tests.helpers.device import on_the_cpu
 from tests.helpers.ranks import run_ranks
 from tpcore._native import status
+from tpcore.layers import attention
 from tpcore.models import compiled
 from tpcore.models.bert import BertModel
 from tpcore.models.config import BertConfig
@@ -149,6 +150,7 @@ def test_no_graph_where_attention_goes_by_buckets(monkeypatch):
         return compiled._encode(*args)
 
     monkeypatch.setattr(compiled, "_graph", lambda: graph)
+    monkeypatch.setattr(attention, "_has_amx", lambda: False)
     config = CONFIG.replace(max_position_embeddings=512)
     model = BertModel(config, tp=TensorParallelGroup.single(), dtype=torch.bfloat16).eval()
     model.compile_encoder()

@@ -34,9 +34,9 @@ FREE_PADDED_SCORES = 1 << 12
 MAX_BUCKET_SCORES = 1 << 22
 
 
-# In half precision torch's matrix products run on instructions for it. The fused kernel has them for
-# bfloat16 on AMX; elsewhere, where a query sees more keys than this on average, torch's products win
-# (docs/attention.md).
+# In half precision torch's matrix products run on instructions for it. The fused kernel has them
+# for bfloat16 on AMX; elsewhere, where a query sees more keys than this on average, torch's
+# products win (docs/attention.md).
 MAX_FUSED_HALF_KEYS = 160
 
 
@@ -229,10 +229,9 @@ class _FromBuckets(torch.autograd.Function):
 
 def fuses_attention(sequences: PackedSequences, qkv: Tensor) -> bool:
     """Whether attention of these sequences is the fused kernel; of qkv dtype and device count."""
-    if qkv.dtype == torch.float16 or (qkv.dtype == torch.bfloat16 and not _has_amx()):
-        if sequences.mean_keys > MAX_FUSED_HALF_KEYS:
-            return False
-    return has_kernel("packed_attention", qkv)
+    converts = qkv.dtype == torch.float16 or (qkv.dtype == torch.bfloat16 and not _has_amx())
+    suits = not converts or sequences.mean_keys <= MAX_FUSED_HALF_KEYS
+    return suits and has_kernel("packed_attention", qkv)
 
 
 def _has_amx() -> bool:
