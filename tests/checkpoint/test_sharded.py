@@ -370,7 +370,7 @@ def test_files_of_two_saves_do_not_mix(saved, tmp_path):
     name = "shard_00_of_01.safetensors"
     (tmp_path / "y" / name).replace(saved / name)
     # Checksums of fewer digits make a smaller file, which shows first.
-    with pytest.raises(CheckpointError, match="is of another save|bytes; the index says"):
+    with pytest.raises(CheckpointError, match=r"is of another save|bytes; the index says"):
         load_sharded(_tower(SINGLE), saved)
 
 
