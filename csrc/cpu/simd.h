@@ -76,18 +76,6 @@ TPCORE_INLINE Vec<A> only(Vec<A> value, Partial lanes, Vec<A> other = Vec<A>()) 
   return select(Vec<A>::first(lanes), value, other);
 }
 
-// Asks for the memory `ahead` elements after p. The hardware runs ahead of a loop by itself, but
-// stops at the end of every page, and does not know that the next row follows the third reading of
-// this one. Any address will do: nothing is read. Rows that fill the first-level cache are for the
-// second.
-constexpr int kFirstLevel = 3, kSecondLevel = 2;
-template <int level = kFirstLevel, class T>
-TPCORE_INLINE void prefetch(const T* p, int64_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) +
-                                                   static_cast<uintptr_t>(ahead) * sizeof(T)),
-                     0, level);
-}
-
 // Calls function(i, slot, lanes) for the vectors that cover [0, n): i is the first element, slot
 // cycles through 0..3 so that four independent accumulators can hide the latency of an addition,
 // lanes is Full{} or, at the end, Partial{n}.
@@ -103,6 +91,18 @@ TPCORE_INLINE void for_each_vector(int64_t n, const Function& function) {
   }
   for (; i + W <= n; i += W) function(i, 0, Full{});
   if (i < n) function(i, 0, Partial{n - i});
+}
+
+// Asks for the memory `ahead` elements after p. The hardware runs ahead of a loop by itself, but
+// stops at the end of every page, and does not know that the next row follows the third reading of
+// this one. Any address will do: nothing is read. Rows that fill the first-level cache are for the
+// second.
+constexpr int kFirstLevel = 3, kSecondLevel = 2;
+template <int level = kFirstLevel, class T>
+TPCORE_INLINE void prefetch(const T* p, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) +
+                                                   static_cast<uintptr_t>(ahead) * sizeof(T)),
+                     0, level);
 }
 
 // The same, a fixed distance ahead, for loops whose arithmetic leaves no room to wait at the end of
