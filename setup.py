@@ -213,8 +213,9 @@ def build_cpu(output: Path, build_dir: Path) -> dict:
             define = [f"-DTPCORE_ISA={isa}", f"-DTPCORE_ISA_{isa.upper()}"]
             ninja.compile(compiler, source, [*common_flags(), *define, *flags], f"_{isa}")
     compile_flags, link_flags = torch_flags(torch)
-    for name in ("cpu_ops.cpp", "adamw_ops.cpp", "attention_ops.cpp", "shm_ops.cpp"):
-        ninja.compile(compiler, ROOT / "csrc" / "torch" / name, [*common_flags(), *compile_flags])
+    for source in sorted((ROOT / "csrc" / "torch").glob("*.cpp")):
+        if source.name != "cuda_ops.cpp":
+            ninja.compile(compiler, source, [*common_flags(), *compile_flags])
     ninja.link(compiler, output, link_flags)
     ninja.run()
     return {

@@ -171,6 +171,7 @@ def test_every_raw_op_has_a_fake(name):
         "packed_attention_backward": lambda: op(x[:, :2], x, x, x, vector, 1.0, False, 0.1, *key),
         "cross_entropy_statistics": lambda: op(x, vector, 0, 6, -100),
         "cross_entropy_backward": lambda: op(vector, x, vector, vector, vector, 0, 6, -100, 0.0),
+        "transpose16": lambda: op(x),
         "dropout_keep_mask": lambda: op(vector, ids, 0.1, 0, 7, 0, 0, 5),
     }
     shapes = {
@@ -189,6 +190,7 @@ def test_every_raw_op_has_a_fake(name):
         "packed_attention_backward": [(4, 6)],
         "cross_entropy_statistics": [(4,)] * 4,
         "cross_entropy_backward": [(4, 6)],
+        "transpose16": [(6, 4)],
         "dropout_keep_mask": [(2, 5, 3, 7)],
     }
     with torch.no_grad():

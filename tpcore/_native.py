@@ -50,6 +50,12 @@ def _columns(x: Tensor, needed: bool) -> Tensor:
     return x.new_empty(x.shape[-1:] if needed else (0,), dtype=accumulation_dtype(x.dtype))
 
 
+def _transposed(x: Tensor) -> Tensor:
+    rows, columns = x.shape
+    lines = (rows + 31) // 32
+    return x.new_empty((columns, (lines + (lines + 1) % 2) * 32)).narrow(1, 0, rows)
+
+
 # Raw op -> (schema, fake): the fake says shapes, dtypes and strides of what the op returns.
 RAW_OPS: dict[str, tuple[str, Callable[..., Any]]] = {
     # x [r, c] -> y [r, c] in the dtype of x; mean, rstd [r]
@@ -165,6 +171,8 @@ RAW_OPS: dict[str, tuple[str, Callable[..., Any]]] = {
         " int vocab_start, int num_classes, int ignore_index, float label_smoothing) -> Tensor",
         lambda grad_loss, logits, *rest: _like(logits),
     ),
+    # x [r, c], half precision -> its transpose [c, r], with zeros between its rows
+    "transpose16": ("(Tensor x) -> Tensor", _transposed),
     # row_ids [b, sq] -> bool [b, num_heads, sq, num_columns]
     "dropout_keep_mask": (
         "(Tensor seed, Tensor row_ids, float p, int stream, int num_columns, int column_offset,"
@@ -296,6 +304,11 @@ _STATUS: dict[str, NativeStatus] = {"cpu": _load("cpu"), "cuda": _load("cuda")}
 def status(name: LibraryName) -> NativeStatus:
     """Whether the compiled library for `name` is loaded, and if not, why."""
     return _STATUS[name]
+
+
+def has_amx() -> bool:
+    """Whether this process's kernels, and torch's products of bfloat16, run on AMX tiles."""
+    return status("cpu").info.get("isa") == "amx"
 
 
 def _served_ops() -> dict[str, frozenset[str]]:

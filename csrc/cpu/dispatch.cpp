@@ -20,6 +20,7 @@
   void layer_norm_forward(const LayerNormForward&, ParallelFor);                        \
   void layer_norm_backward(const LayerNormBackward&, ParallelFor);                      \
   void dropout_mask(const DropoutMask&, ParallelFor);                                   \
+  void transpose16(const Transpose16&, ParallelFor);                                    \
   void bias_dropout_residual_forward(const BiasDropoutResidualForward&, ParallelFor);   \
   void bias_dropout_residual_backward(const BiasDropoutResidualBackward&, ParallelFor); \
   void bias_gelu_forward(const BiasGeluForward&, ParallelFor);                          \
@@ -38,6 +39,7 @@
       layer_norm_forward,                                                               \
       layer_norm_backward,                                                              \
       dropout_mask,                                                                     \
+      transpose16,                                                                      \
       bias_dropout_residual_forward,                                                    \
       bias_dropout_residual_backward,                                                   \
       bias_gelu_forward,                                                                \

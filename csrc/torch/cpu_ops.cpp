@@ -5,6 +5,7 @@
 #include "launch.h"
 #include "ops.h"
 #include "shm_ops.h"
+#include "transpose_ops.h"
 
 namespace tpcore {
 
@@ -36,6 +37,7 @@ struct Cpu {
   op(adamw_)                    \
   op(packed_attention_forward)  \
   op(packed_attention_backward) \
+  op(transpose16)               \
   op(shm_publish)               \
   op(shm_complete)              \
   op(shm_exchange)

@@ -76,6 +76,8 @@ def _results() -> dict[str, torch.Tensor]:
             for number, g in enumerate(grads):
                 if g is not None:
                     results[f"{op} {dtype} gradient {number}"] = g
+    for dtype in (torch.bfloat16, torch.float16):
+        results[f"transpose16 {dtype}"] = torch.ops.tpcore.transpose16(x.detach().to(dtype))
     return results
 
 

@@ -37,12 +37,14 @@ def _row_ids(*shape):
     return (torch.arange(torch.Size(shape).numel()) * 0x1_0000_3001 - 7).reshape(shape)
 
 
-# Attention on a GPU goes by matrix products and masked_softmax, dropout without stored bits.
+# Attention on a GPU goes by matrix products and masked_softmax, dropout without stored bits, and
+# products take transposes as they are.
 ON_THE_CPU_ONLY = {
     "packed_attention_forward",
     "packed_attention_backward",
     "bias_dropout_residual_cpu_forward",
     "bias_dropout_residual_cpu_backward",
+    "transpose16",
 }
 
 

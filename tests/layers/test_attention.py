@@ -288,7 +288,7 @@ def test_long_sequences_in_half_precision_take_the_matrix_products(
     dtype, length, has_amx, fused, monkeypatch
 ):
     require("cpu")
-    monkeypatch.setattr(attention_module, "_has_amx", lambda: has_amx)
+    monkeypatch.setattr(attention_module._native, "has_amx", lambda: has_amx)
     sequences = PackedSequences.from_lengths([length, length])
     layer = SelfAttention(16, 2, tp=TensorParallelGroup.single(), dtype=dtype)
     with record_backends() as calls:

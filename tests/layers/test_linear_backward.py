@@ -55,7 +55,7 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_", "matmul"):
+        if name in ("mm", "addmm", "addmm_", "matmul", "transpose16"):
             self.names.append(name)
         elif name == "shm_publish":
             self.names.append(SHARED[args[3]])
@@ -74,6 +74,56 @@ def _transport(tp, shared):
         yield
     finally:
         shared_memory._CHANNELS[tp.process_group] = channel
+
+
+@pytest.fixture
+def transposes(monkeypatch):
+    """Weight gradients by way of a transpose in memory, as on processors with AMX."""
+    require("cpu")
+    monkeypatch.setattr(linear_function._native, "has_amx", lambda: True)
+    monkeypatch.setattr(linear_function, "LEAST_TRANSPOSED", 0)
+
+
+@pytest.mark.parametrize("tokens", [1, 33, 70])
+@pytest.mark.parametrize("main_grad", [False, True], ids=["grad", "main_grad"])
+def test_transposing_first_changes_no_gradient(transposes, tokens, main_grad):
+    draw = torch.Generator().manual_seed(tokens)
+    x, weight, grad = (
+        torch.randn(shape, generator=draw).bfloat16()
+        for shape in ((tokens, IN), (OUT, IN), (tokens, OUT))
+    )
+    x.requires_grad_()
+    weight.requires_grad_()
+    with _Recorder() as recorder:
+        y = linear_function.linear(x, weight, accumulate_main_grad=main_grad)
+        y.backward(grad)
+    assert recorder.names.count("transpose16") == 1
+    found = weight.main_grad if main_grad else weight.grad
+    expected = grad.double().t() @ x.detach().double()
+    # A product of bfloat16 is summed in float32 and rounded once.
+    bound = 2**-8 * expected.abs() + 2**-20 * (grad.double().abs().t() @ x.detach().double().abs())
+    assert ((found.double() - expected).abs() <= bound).all()
+    torch.testing.assert_close(x.grad, grad @ weight.detach())
+    assert torch.equal(y, torch.nn.functional.linear(x, weight))
+
+
+def test_transposing_takes_gradients_that_are_not_contiguous(transposes):
+    x = torch.randn(6, IN).bfloat16()
+    weight = torch.randn(OUT, IN).bfloat16().requires_grad_()
+    grad = torch.randn(OUT, 6).bfloat16().t()
+    linear_function.linear(x, weight).backward(grad)
+    torch.testing.assert_close(weight.grad, grad.t() @ x)
+
+
+def test_who_transposes_first(monkeypatch):
+    monkeypatch.setattr(linear_function._native, "has_amx", lambda: True)
+    large, small = torch.empty(512, 512), torch.empty(511, 512)
+    assert linear_function._transposes(large.bfloat16())
+    assert not linear_function._transposes(small.bfloat16())
+    assert not linear_function._transposes(large)
+    assert not linear_function._transposes(large.half())
+    monkeypatch.setattr(linear_function._native, "has_amx", lambda: False)
+    assert not linear_function._transposes(large.bfloat16())
 
 
 def _backward(y):

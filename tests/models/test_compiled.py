@@ -150,7 +150,7 @@ def test_no_graph_where_attention_goes_by_buckets(monkeypatch):
         return compiled._encode(*args)
 
     monkeypatch.setattr(compiled, "_graph", lambda: graph)
-    monkeypatch.setattr(attention, "_has_amx", lambda: False)
+    monkeypatch.setattr(attention._native, "has_amx", lambda: False)
     config = CONFIG.replace(max_position_embeddings=512)
     model = BertModel(config, tp=TensorParallelGroup.single(), dtype=torch.bfloat16).eval()
     model.compile_encoder()

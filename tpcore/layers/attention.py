@@ -229,13 +229,9 @@ class _FromBuckets(torch.autograd.Function):
 
 def fuses_attention(sequences: PackedSequences, qkv: Tensor) -> bool:
     """Whether attention of these sequences is the fused kernel; of qkv dtype and device count."""
-    converts = qkv.dtype == torch.float16 or (qkv.dtype == torch.bfloat16 and not _has_amx())
+    converts = qkv.dtype == torch.float16 or (qkv.dtype == torch.bfloat16 and not _native.has_amx())
     suits = not converts or sequences.mean_keys <= MAX_FUSED_HALF_KEYS
     return suits and has_kernel("packed_attention", qkv)
-
-
-def _has_amx() -> bool:
-    return _native.status("cpu").info.get("isa") == "amx"
 
 
 class SelfAttention(nn.Module):

@@ -232,6 +232,13 @@ struct CrossEntropyBackward {
   void* grad_logits;                      // T [tokens, columns] contiguous
 };
 
+// y[c, r] = x[r, c] for numbers of 16 bits, and zeros up to the row stride of y
+struct Transpose16 {
+  int64_t rows, columns;
+  Matrix x;  // [rows, columns]
+  Matrix y;  // [columns, rows]; its row stride is a multiple of 32
+};
+
 // keep[b, n, q, c] = word >= threshold
 struct DropoutMask {
   int64_t batch, heads, queries, columns;
@@ -306,6 +313,7 @@ struct CpuKernels {
   void (*layer_norm_forward)(const LayerNormForward&, ParallelFor);
   void (*layer_norm_backward)(const LayerNormBackward&, ParallelFor);
   void (*dropout_mask)(const DropoutMask&, ParallelFor);
+  void (*transpose16)(const Transpose16&, ParallelFor);
   void (*bias_dropout_residual_forward)(const BiasDropoutResidualForward&, ParallelFor);
   void (*bias_dropout_residual_backward)(const BiasDropoutResidualBackward&, ParallelFor);
   void (*bias_gelu_forward)(const BiasGeluForward&, ParallelFor);
