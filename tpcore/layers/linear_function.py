@@ -94,6 +94,13 @@ def linear(
     return _linear(x, weight, bias, tp, "none", accumulate_main_grad)
 
 
+def dtype_of_products(x: Tensor) -> torch.dtype:
+    """The dtype in which x is multiplied by weights: its own, or that of autocast."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
 def _linear(
     x: Tensor,
     weight: Tensor,
@@ -111,10 +118,10 @@ def _linear(
             "from others (a parametrization, a scaled or shared weight); leave it out here"
         )
     parameter = weight if accumulate_main_grad else None
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if torch.is_autocast_enabled(x.device.type):
         # Here and not inside the Function: its backward runs outside autocast, and the casts need
         # gradients of their own.
-        dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = dtype_of_products(x)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     if tp.size == 1:
@@ -187,7 +194,7 @@ def _transposes(weight: Tensor) -> bool:
     transpose included (docs/performance.md). Elsewhere products take either at the same speed.
     """
     return (
-        weight.dtype == torch.bfloat16
+        dtype_of_products(weight) == torch.bfloat16
         and weight.device.type == "cpu"
         and weight.numel() >= LEAST_TRANSPOSED
         and _native.has_amx()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from tpcore.kernels import bias_dropout_residual
 from tpcore.layers.block import ActivationCheckpointing, TransformerBlock
 from tpcore.layers.embedding import VocabParallelEmbedding
 from tpcore.layers.norm import LayerNorm
+from tpcore.layers.rounded_rows import missing_rows, row_step
 from tpcore.models import compiled
 from tpcore.models.config import BertConfig, padded_vocab_size_for
 from tpcore.models.heads import Head, SequenceClassificationHead
@@ -170,10 +172,12 @@ class BertModel(nn.Module):
         """
         if labels is not None and self.head is None:
             raise ValueError("labels were given, but this model has no head; build it with one")
-        if self.sequence_parallel:
-            packed = packed.padded_to(self.tp.size)
+        packed = packed.padded_to(self._token_multiple(packed))
         self.embeddings.check_lengths(packed)
-        rows = None if hidden_states or not self.reads_first_tokens else packed.first_tokens
+        rows = None
+        if self.reads_first_tokens and not hidden_states:
+            rows = packed.first_tokens
+            rows = F.pad(rows, (0, missing_rows(self._some_weight, len(rows))))
         as_graph = self.is_compiled and compiled.takes(self, packed)
         if as_graph:
             packed = compiled.with_symbolic_sizes(packed)
@@ -184,9 +188,8 @@ class BertModel(nn.Module):
             x = self.encode(packed, dropout, rows)
         if self.sequence_parallel:
             x = gather_from(x, self.tp, dim=0)
-        if packed.num_padding:
-            x = x if rows is not None else x[: packed.num_real_tokens]
-            packed = packed.without_padding()
+        x = x[: packed.num_real_tokens if rows is None else len(packed.first_tokens)]
+        packed = packed.without_padding()
         pooled = None
         if self.pooler is not None:
             pooled = self.pooler(x if rows is not None else x[packed.first_tokens])
@@ -218,6 +221,16 @@ class BertModel(nn.Module):
     def sharding_table(self) -> dict[str, Sharding]:
         """How each parameter is split over the tensor-parallel ranks, by name."""
         return sharding_table(self)
+
+    def _token_multiple(self, packed: PackedBatch) -> int:
+        """What the number of tokens has to be a multiple of, or had better be."""
+        multiple = self.tp.size if self.sequence_parallel else 1
+        return math.lcm(multiple, row_step(self._some_weight, packed.num_real_tokens))
+
+    @property
+    def _some_weight(self) -> Tensor:
+        """For its device and dtype, which are those of all."""
+        return self.embeddings.position_embeddings.weight
 
     def _dropout_context(
         self, packed: PackedBatch, seed: Tensor | int | None

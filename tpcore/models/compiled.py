@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tpcore.layers.attention import fuses_attention
+from tpcore.layers.linear_function import dtype_of_products
 from tpcore.models.packing import PackedBatch
 from tpcore.parallel.random import DropoutContext
 
@@ -62,10 +63,8 @@ def refusal(model: Encoder) -> str:
 def takes(model: Encoder, packed: PackedBatch) -> bool:
     """Whether attention of this batch is the fused kernel; buckets have the shapes of lengths."""
     weight = model.embeddings.position_embeddings.weight
-    device, dtype = weight.device, weight.dtype
-    if torch.is_autocast_enabled(device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device.type)
-    return fuses_attention(packed.sequences, torch.empty(0, device=device, dtype=dtype))
+    qkv = torch.empty(0, device=weight.device, dtype=dtype_of_products(weight))
+    return fuses_attention(packed.sequences, qkv)
 
 
 def with_symbolic_sizes(packed: PackedBatch) -> PackedBatch:

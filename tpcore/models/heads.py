@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from tpcore.kernels import bias_dropout_residual, bias_gelu
 from tpcore.layers.embedding import VocabParallelEmbedding
 from tpcore.layers.loss import vocab_parallel_cross_entropy
 from tpcore.layers.norm import LayerNorm
+from tpcore.layers.rounded_rows import on_rounded_rows
 from tpcore.models.config import BertConfig, padded_vocab_size_for
 from tpcore.models.output import BertOutput
 from tpcore.models.packing import PackedBatch
@@ -153,6 +155,9 @@ class _MaskedLMHead(nn.Module):
 
     def forward(self, x: Tensor, word_embeddings: VocabParallelEmbedding) -> Tensor:
         """Logits of this rank's columns, `[t, v/tp]`."""
+        return on_rounded_rows(partial(self._logits, word_embeddings), self.dense.weight, x)
+
+    def _logits(self, word_embeddings: VocabParallelEmbedding, x: Tensor) -> Tensor:
         x = F.linear(x, self.dense.weight)
         x = self.norm(bias_gelu(x, self.dense.bias, self.gelu))
         return F.linear(copy_to(x, self.tp), word_embeddings.weight, self.bias)
@@ -390,6 +395,13 @@ class HiddenLayers(nn.ModuleList):
         return x
 
 
+class _Linear(nn.Linear):
+    """nn.Linear for numbers of rows that are others in each batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return on_rounded_rows(super().forward, self.weight, x)
+
+
 def _linear(
     config: BertConfig,
     out_features: int,
@@ -397,7 +409,7 @@ def _linear(
     dtype: torch.dtype | None,
 ) -> nn.Linear:
     """A replicated linear layer, drawn on the CPU so that every device starts alike."""
-    linear = nn.Linear(config.hidden_size, out_features, device="meta", dtype=dtype)
+    linear = _Linear(config.hidden_size, out_features, device="meta", dtype=dtype)
     weight = torch.empty(out_features, config.hidden_size).normal_(std=config.init_std)
     linear.weight = nn.Parameter(weight.to(device=device, dtype=dtype))
     linear.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))

@@ -4,8 +4,9 @@ The encoder runs on packed tokens: the real tokens of all sequences, one after t
 the boundaries beside them. Padding exists only at the border, for callers who want rectangles.
 
 One exception: where the number of tokens must be a multiple of something (sequence parallelism
-splits the tokens over ranks; a compiled graph is made once for each number), one dummy sequence is
-added at the end. The encoder computes it, and nothing that a model returns depends on it.
+splits the tokens over ranks; a compiled graph takes two at least) or had better be (products in
+half precision, see `tpcore.layers.rounded_rows`), one dummy sequence is added at the end. The
+encoder computes it, and nothing that a model returns depends on it.
 """
 
 from __future__ import annotations
