@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parent.parent))
 
-from tpcore import _native, kernels
+from tpcore import _native, _philox, kernels
 
 
 def _close(ours: torch.Tensor, expected: torch.Tensor) -> None:
@@ -43,7 +43,7 @@ def check_mask() -> None:
     """The compiled generator against the one in plain PyTorch."""
     arguments = (torch.tensor([-5]), torch.arange(8).reshape(2, 4) << 30, 0.25, 9, 101, 3, 1, 2)
     native = torch.ops.tpcore.dropout_keep_mask(*arguments)
-    assert torch.equal(native, _native.philox_keep_mask(*arguments))
+    assert torch.equal(native, _philox.philox_keep_mask(*arguments))
 
 
 def check_errors() -> None:

@@ -57,9 +57,9 @@ def test_a_missing_library_is_a_reason_not_an_error(tmp_path):
     """A copy of the package without its libraries works, and says what is missing."""
     package = tmp_path / "tpcore"
     package.mkdir()
-    source = Path(_native.__file__).read_text()
     (package / "__init__.py").touch()
-    (package / "_native.py").write_text(source)
+    for name in ("_native.py", "_philox.py"):
+        (package / name).write_text(Path(_native.__file__).with_name(name).read_text())
     code = (
         "from tpcore import _native; import torch\n"
         "status = _native.status('cpu'); print(status.loaded, status.reason)\n"

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tests.cuda.arguments import Buffer
-from tpcore import _native
+from tpcore import _native, _philox
 
 ROOT = Path(__file__).parents[2]
 KERNELS, EMULATION = ROOT / "csrc/cuda", ROOT / "tests/cuda_emulation"
@@ -184,7 +184,7 @@ def dropout_key(
     if p == 0:
         return None
     return {
-        "threshold": _native.dropout_threshold(p),
+        "threshold": _philox.dropout_threshold(p),
         "stream": stream,
         "row_ids": vector(row_ids),
         "column_offset": column_offset,

@@ -8,7 +8,7 @@ import torch
 from tests.cuda.device import Output, dropout_key, matrix, sums_dtype, vector
 from tests.helpers.numerics import assert_as_accurate_as_torch
 from tests.kernels.harness import by_dtype
-from tpcore._native import philox_keep_mask
+from tpcore._philox import philox_keep_mask
 
 SHAPES = [(5, 3), (70, 67), (3, 264), (2, 1103)]
 SEED, STREAM = -(7 << 40) - 12345, 77

@@ -7,7 +7,7 @@ import torch
 
 from tests.cuda.device import Buffer, Output, _bytes, dropout_key, vector
 from tests.helpers.numerics import assert_as_accurate_as_torch
-from tpcore._native import philox_keep_mask
+from tpcore._philox import philox_keep_mask
 from tpcore.kernels import reference
 
 SEED, STREAM, HEAD_OFFSET = 99, 5, 2

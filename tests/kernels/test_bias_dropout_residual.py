@@ -16,7 +16,7 @@ from tests.kernels.harness import (
     require,
     run,
 )
-from tpcore._native import philox_keep_mask
+from tpcore._philox import philox_keep_mask
 from tpcore.kernels import bias_dropout_residual, record_backends, use_backend
 
 by_backend = by_backends("reference", "cpu")

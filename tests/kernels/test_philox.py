@@ -4,13 +4,8 @@ import pytest
 import torch
 
 from tests.kernels.harness import DEVICE, require
-from tpcore._native import (
-    attention_dropout_keep_mask,
-    dropout_keep_mask,
-    dropout_threshold,
-    philox4x32,
-    philox_keep_mask,
-)
+from tpcore._native import attention_dropout_keep_mask, dropout_keep_mask
+from tpcore._philox import dropout_threshold, philox4x32, philox_keep_mask
 
 # Known answers of philox4x32 with ten rounds, published with Random123 (kat_vectors).
 KNOWN_ANSWERS = [

@@ -11,7 +11,8 @@ from tests.kernels import test_cross_entropy as ce
 from tests.kernels import test_layer_norm as ln
 from tests.kernels import test_masked_softmax as sm
 from tests.kernels.harness import DEVICE, compare, gradients, leaves, run
-from tpcore._native import NATIVE_OPS, RAW_OPS, philox_keep_mask
+from tpcore._native import NATIVE_OPS, RAW_OPS
+from tpcore._philox import philox_keep_mask
 from tpcore.kernels import (
     add_layer_norm,
     bias_dropout_residual,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpcore._native import dropout_threshold
+from tpcore._philox import dropout_threshold
 from tpcore.kernels.triton.philox import kept
 from tpcore.kernels.triton.rows import load_per_row, rows_of
 from tpcore.kernels.triton.tiles import Tile, column_sums, launching_on, row_groups, tile_for

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tpcore._native import dropout_threshold
+from tpcore._philox import dropout_threshold
 from tpcore.kernels.triton.philox import kept
 from tpcore.kernels.triton.rows import load_per_row, row_max, row_sum, rows_of
 from tpcore.kernels.triton.tiles import Tile, launching_on, tile_for
