@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch._dynamo.utils import counters
 from tests.helpers.device import on_the_cpu
 from tests.helpers.ranks import run_ranks
 from tpcore._native import status
-from tpcore.layers import attention
+from tpcore.layers import attention, linear_function
 from tpcore.models import compiled
 from tpcore.models.bert import BertModel
 from tpcore.models.config import BertConfig
@@ -100,6 +101,20 @@ def test_equals_eager_under_sequence_parallelism():
 @pytest.mark.slow
 def test_equals_eager_under_autocast():
     assert run_ranks(_compare, 1, "aot_eager", False, True) == [{True: 1, False: 2}]
+
+
+def _compare_transposing(tp):
+    """As on a processor with AMX and weights that are large."""
+    with (
+        patch.object(linear_function, "LEAST_TRANSPOSED", 0),
+        patch.object(attention._native, "has_amx", lambda: True),
+    ):
+        return _compare(tp, "aot_eager", autocast=True)
+
+
+@pytest.mark.slow
+def test_equals_eager_where_gradients_are_transposed_first():
+    assert run_ranks(_compare_transposing, 1) == [{True: 1, False: 2}]
 
 
 @pytest.mark.slow
