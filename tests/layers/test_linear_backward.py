@@ -84,6 +84,7 @@ def transposes(monkeypatch):
     monkeypatch.setattr(linear_function, "LEAST_TRANSPOSED", 0)
 
 
+@on_the_cpu
 @pytest.mark.parametrize("tokens", [1, 33, 70])
 @pytest.mark.parametrize("main_grad", [False, True], ids=["grad", "main_grad"])
 def test_transposing_first_changes_no_gradient(transposes, tokens, main_grad):
@@ -107,6 +108,7 @@ def test_transposing_first_changes_no_gradient(transposes, tokens, main_grad):
     assert torch.equal(y, torch.nn.functional.linear(x, weight))
 
 
+@on_the_cpu
 def test_transposing_takes_gradients_that_are_not_contiguous(transposes):
     x = torch.randn(6, IN).bfloat16()
     weight = torch.randn(OUT, IN).bfloat16().requires_grad_()
@@ -115,6 +117,7 @@ def test_transposing_takes_gradients_that_are_not_contiguous(transposes):
     torch.testing.assert_close(weight.grad, grad.t() @ x)
 
 
+@on_the_cpu
 def test_who_transposes_first(monkeypatch):
     monkeypatch.setattr(linear_function._native, "has_amx", lambda: True)
     large, small = torch.empty(512, 512), torch.empty(511, 512)

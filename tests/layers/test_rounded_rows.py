@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.helpers.device import on_the_cpu
 from tpcore.layers.rounded_rows import missing_rows, on_rounded_rows, row_step
 
-HALF = torch.empty(0, dtype=torch.bfloat16)
+pytestmark = on_the_cpu
+
+HALF = torch.empty(0, device="cpu", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
