@@ -88,7 +88,7 @@ def linear(
     Raises:
         ValueError: ``accumulate_main_grad`` for a weight that is computed from others.
     """
-    if not (accumulate_main_grad or _transposes(weight)):
+    if not (accumulate_main_grad or (torch.is_grad_enabled() and _transposes(weight))):
         return F.linear(x, weight, bias)
     tp = TensorParallelGroup.single()
     return _linear(x, weight, bias, tp, "none", accumulate_main_grad)
